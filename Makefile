@@ -1,0 +1,76 @@
+# Everything a developer runs. Targets work in a fresh clone: they make .venv when they need it.
+# Variables: PYTHON (the interpreter for .venv), JOBS (test processes), ARGS (more arguments).
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+JOBS   ?= 2
+ARGS   ?=
+TORCH  ?= torch==2.13.0
+CODE   := fragfs tests tools
+
+# The first interpreter that is new enough; PYTHON=... on the command line overrides the search.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix bench unmount clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## make .venv with fragfs and everything its tests need
+
+# pyfuse3 is compiled where its index has no wheel: hence a compiler, libfuse3 and Python's headers.
+$(READY): pyproject.toml
+	@sh tools/system_packages.sh "$(PYTHON)"
+	@python="$(PYTHON)"; "$${python:-python3}" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	@touch $@
+
+venv-torch: $(READY) ## add torch and transformers, for the tests that load with them (large)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet transformers
+
+demo: $(READY) ## see it work: a real model family, added, mounted, read back and compared
+	@$(BIN)/python tools/demo.py $(ARGS)
+
+# Mounts share /dev/fuse, the mount table and this machine's two cores: one after the other.
+test: $(READY) ## run the whole suite
+	@status=0; \
+	$(PYTEST) -m mount $(ARGS) || status=$$?; \
+	$(PYTEST) -n $(JOBS) -m "not mount" $(ARGS) || status=$$?; \
+	exit $$status
+
+test-fast: $(READY) ## run what needs no mount and is quick
+	@$(PYTEST) -n $(JOBS) -m "not slow and not mount" $(ARGS)
+
+test-mount: $(READY) ## run what mounts a real filesystem
+	@$(PYTEST) -m mount $(ARGS)
+
+lint: $(READY) ## check format, style, types and layers
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	@$(PYTEST) -q tests/test_layering.py
+
+check: lint test-fast ## what to run before a commit: lint and test-fast
+
+fix: $(READY) ## format, and repair what ruff can
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench: $(READY) ## measure on this machine; prints machine, date and command
+	@$(BIN)/python tools/bench.py $(ARGS)
+
+# Only mounts of tests and demos: those below the temporary directory or this one.
+unmount: ## detach the mounts that a killed test or demo left behind
+	@awk -v tmp="$${TMPDIR:-/tmp}/" -v here="$(CURDIR)/" \
+		'$$3 == "fuse.fragfs" && (index($$2, tmp) == 1 || index($$2, here) == 1) {print $$2}' \
+		/proc/mounts | while read -r point; do \
+			echo "unmounting $$point"; fusermount3 -u -z "$$(printf '%b' "$$point")"; done
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Decoded fragments kept for the next reader."""

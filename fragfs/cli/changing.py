@@ -1,0 +1,107 @@
+"""`fragfs rm` and `fragfs mv`: change what the library shows. Light: only the catalog changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from fragfs.cli.names import files_below, parse_target
+from fragfs.cli.options import Session, example, json_option, pass_session, shared_options
+from fragfs.cli.tables import format_bytes, format_count
+from fragfs.cli.terminal import emit_json, json_name, say, show_name
+
+if TYPE_CHECKING:
+    from fragfs.library.library import FragmentLibrary
+
+__all__ = ["mv_command", "rm_command"]
+
+
+@click.command(
+    "rm",
+    epilog=example(
+        "fragfs rm old-model all-MiniLM-L6-v2/onnx",
+    ),
+)
+@click.argument("targets", metavar="MODEL[/FILE]...", nargs=-1, required=True)
+@json_option
+@shared_options()
+@pass_session
+def rm_command(session: Session, targets: tuple[str, ...], as_json: bool) -> None:
+    """Remove models, or files or folders of models, from the library.
+
+    Nothing is asked. All arguments are looked up before anything is removed. Who has a removed
+    file open in a mount can go on reading it.
+
+    The bytes stay in the packs: this release has no garbage collection yet, so the library does
+    not become smaller. What nothing needs any more is reported, and adding the same bytes again
+    finds them again.
+    """
+    reports = []
+    with session.open_library() as library:
+        for model, paths in _plan_removal(library, targets).items():
+            report = library.remove(model, paths)
+            reports.append((model, report))
+            if not (as_json or session.quiet):
+                what = show_name(model) if not paths else f"from {show_name(model)}"
+                counts = format_count(report.file_count, "file")
+                say(f"removed {what}: {counts}, {format_bytes(report.removed_bytes)}")
+    unreferenced = reports[-1][1].unreferenced_bytes
+    if as_json:
+        removed = [
+            {
+                "model": json_name(model),
+                "file_count": report.file_count,
+                "removed_bytes": report.removed_bytes,
+            }
+            for model, report in reports
+        ]
+        emit_json({"removed": removed, "unreferenced_bytes": unreferenced})
+    elif not session.quiet:
+        say(
+            f"{format_bytes(unreferenced)} in the packs are needed by no model now; they stay"
+            " there, as this release has no garbage collection"
+        )
+
+
+def _plan_removal(
+    library: FragmentLibrary, arguments: Sequence[str]
+) -> dict[bytes, tuple[bytes, ...]]:
+    """What to remove: files by model, in the order of the arguments; none means the whole model."""
+    models = {info.name for info in library.models()}
+    plan: dict[bytes, dict[bytes, None]] = {}
+    whole: set[bytes] = set()
+    for argument in arguments:
+        target = parse_target(argument, models)
+        if target is None:
+            # Not there: the library's own error suggests names that are near.
+            library.model(os.fsencode(argument).rstrip(b"/"))
+            continue
+        chosen = plan.setdefault(target.model, {})
+        if target.path:
+            paths = [file.path for file in library.files(target.model)]
+            chosen.update(dict.fromkeys(files_below(target, paths)))
+        else:
+            whole.add(target.model)
+    return {model: () if model in whole else tuple(chosen) for model, chosen in plan.items()}
+
+
+@click.command(
+    "mv",
+    epilog=example(
+        "fragfs mv all-MiniLM-L6-v2 sentence-transformers/all-MiniLM-L6-v2",
+    ),
+)
+@click.argument("old")
+@click.argument("new")
+@shared_options()
+@pass_session
+def mv_command(session: Session, old: str, new: str) -> None:
+    """Rename a model. Its files stay what they are, and open ones stay open."""
+    before, after = os.fsencode(old).rstrip(b"/"), os.fsencode(new).rstrip(b"/")
+    with session.open_library() as library:
+        library.move(before, after)
+    if not session.quiet:
+        say(f"renamed {show_name(before)} to {show_name(after)}")

@@ -1,0 +1,210 @@
+"""`fragfs init` and `fragfs add`: make a library, put models into it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fragfs.cli.options import Session, example, json_option, pass_session, shared_options
+from fragfs.cli.tables import format_bytes, format_count, format_share, list_savings
+from fragfs.cli.terminal import emit_json, json_name, remark, say, show_name
+from fragfs.errors import UsageError
+from fragfs.types import LibraryConfig
+
+if TYPE_CHECKING:
+    from fragfs.library.add import AddOptions, AddReport
+
+__all__ = ["add_command", "init_command"]
+
+_DEFAULTS = LibraryConfig()
+
+
+@click.command(
+    "init",
+    epilog=example(
+        "fragfs init /srv/models.fragfs",
+    ),
+)
+@click.argument("directory", metavar="[LIBRARY]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--fragment-elements",
+    type=int,
+    default=_DEFAULTS.fragment_elements,
+    show_default=True,
+    metavar="N",
+    help="Elements of a tensor per fragment, a power of two. Fixed from then on.",
+)
+@click.option(
+    "--level",
+    type=int,
+    default=_DEFAULTS.zstd_level,
+    show_default=True,
+    metavar="N",
+    help="zstd level of bytes that are not tensors, 1 to 19.",
+)
+@click.option(
+    "--closure-max",
+    type=int,
+    default=_DEFAULTS.closure_max,
+    show_default=True,
+    metavar="N",
+    help="Fragments that reading one fragment may have to decode, 1 to 8.",
+)
+@shared_options()
+@pass_session
+def init_command(
+    session: Session,
+    directory: Path | None,
+    fragment_elements: int,
+    level: int,
+    closure_max: int,
+) -> None:
+    """Create an empty library.
+
+    LIBRARY is a new or empty directory; without it, the library of --library, the environment or
+    your data directory is created.
+    """
+    from fragfs.library.library import FragmentLibrary
+
+    path = directory.absolute() if directory else session.library_path
+    config = LibraryConfig(
+        fragment_elements=fragment_elements, zstd_level=level, closure_max=closure_max
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FragmentLibrary.create(path, config).close()
+    if not session.quiet:
+        say(f"created library {show_name(os.fsencode(path))}")
+
+
+@click.command(
+    "add",
+    epilog=example(
+        "fragfs add ./all-MiniLM-L6-v2 --name sentence-transformers/all-MiniLM-L6-v2",
+    ),
+)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--name", metavar="MODEL", help="The model's name. [default: the directory's]")
+@click.option("--into", metavar="MODEL[/DIR]", help="Add to this model, which exists.")
+@click.option("--update", is_flag=True, help="Add what changed in a model that exists.")
+@click.option(
+    "--remove-source",
+    is_flag=True,
+    help="Delete the source files, once all are stored and were read back and compared.",
+)
+@click.option("--follow-links", is_flag=True, help="Store what links lead to, wherever that is.")
+@click.option(
+    "--force", is_flag=True, help="Store truncated model files and LFS pointers as they are."
+)
+@click.option("--no-space-check", is_flag=True, help="Do not ask for free space beforehand.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Encoder threads.")
+@json_option
+@shared_options()
+@pass_session
+def add_command(
+    session: Session,
+    paths: tuple[Path, ...],
+    name: str | None,
+    into: str | None,
+    update: bool,
+    remove_source: bool,
+    follow_links: bool,
+    force: bool,
+    no_space_check: bool,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Add directories or files to the library as models.
+
+    Each directory becomes a model of its own name; files become one model, named by --name. What
+    the library holds already is not stored again. An interrupted add leaves no half model, and
+    what it had stored is found again by the next one.
+    """
+    from fragfs.library.add import AddOptions
+
+    options = AddOptions(
+        name=os.fsencode(name) if name is not None else None,
+        into=os.fsencode(into).rstrip(b"/") if into is not None else None,
+        update=update,
+        remove_source=remove_source,
+        follow_links=follow_links,
+        force=force,
+        space_check=not no_space_check,
+        workers=workers,
+    )
+    batches = _split_models(paths, options)
+    reports = []
+    for batch in batches:
+        report = _add(session, batch, options)
+        reports.append(report)
+        for text in report.warnings:
+            remark(f"fragfs: warning: {text}")
+        if not (as_json or session.quiet):
+            _print_report(report)
+    if as_json:
+        emit_json({"added": [_report_as_json(report) for report in reports]})
+
+
+def _split_models(paths: tuple[Path, ...], options: AddOptions) -> list[list[Path]]:
+    """The paths of each add: every directory on its own, so that each model gets a report."""
+    if options.name is not None and options.into is not None:
+        raise UsageError("--name and --into exclude each other", remedy="give one of them")
+    # Made absolute by text alone: '.' must have a name, and links must stay links.
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    if options.into is not None or not all(path.is_dir() for path in absolute):
+        return [absolute]
+    if options.name is not None and len(absolute) > 1:
+        raise UsageError(
+            "--name names one model, but several directories were given",
+            remedy="add them one by one, or into one model with --into",
+        )
+    return [[path] for path in absolute]
+
+
+def _add(session: Session, paths: list[Path], options: AddOptions) -> AddReport:
+    from fragfs.cli.progress import show_progress
+
+    with session.open_library() as library, show_progress(session) as progress:
+        return library.add(paths, options, progress)
+
+
+def _print_report(report: AddReport) -> None:
+    models = ", ".join(show_name(model) for model in report.models)
+    counts = format_count(report.file_count, "file")
+    say(f"added {models}: {counts}, {format_bytes(report.logical_bytes)}")
+    share = format_share(report.new_bytes, report.logical_bytes)
+    say(f"  stored    {format_bytes(report.new_bytes)} new ({share} of it)")
+    for size, how in list_savings(report.saved_bytes):
+        say(f"  saved     {size} {how}")
+    if report.unchanged_count:
+        say(f"  unchanged {format_count(report.unchanged_count, 'file')}, not read again")
+    if report.removed_count:
+        say(f"  removed   {format_count(report.removed_count, 'file')} gone from the source")
+    if report.removed_source_count:
+        say(f"  deleted   {format_count(report.removed_source_count, 'source file')}")
+    for path, why in report.skipped:
+        say(f"  skipped   {show_name(path)}: {why}")
+    for path, text in report.verdicts:
+        say(f"  note      {show_name(path)}: {text}")
+    for text in report.healed:
+        say(f"  healed    {text}")
+
+
+def _report_as_json(report: AddReport) -> dict[str, object]:
+    return {
+        "models": [json_name(model) for model in report.models],
+        "file_count": report.file_count,
+        "logical_bytes": report.logical_bytes,
+        "new_bytes": report.new_bytes,
+        "reused_bytes": report.reused_bytes,
+        "saved_bytes": report.saved_bytes,
+        "unchanged_count": report.unchanged_count,
+        "removed_count": report.removed_count,
+        "removed_source_count": report.removed_source_count,
+        "skipped": [{"path": json_name(path), "why": why} for path, why in report.skipped],
+        "verdicts": [{"path": json_name(path), "remark": text} for path, text in report.verdicts],
+        "healed": list(report.healed),
+        "warnings": list(report.warnings),
+    }

@@ -1,0 +1,170 @@
+"""`fragfs mount` and `fragfs umount`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fragfs.cli.environment import default_log_file
+from fragfs.cli.mount_options import FstabOptions, parse_fstab_options, parse_number
+from fragfs.cli.options import Session, example, parse_size, pass_session, shared_options
+from fragfs.cli.terminal import remark, say, show_name
+from fragfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from fragfs.mount.options import MountOptions
+
+__all__ = ["mount_command", "start_mount", "umount_command"]
+
+_GRACE_S = 30.0
+
+
+@click.command(
+    "mount",
+    epilog=example(
+        "fragfs mount ~/models",
+        "fragfs umount ~/models",
+    ),
+)
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
+@click.option("-o", "option_list", multiple=True, metavar="OPTS", help="Options as in fstab.")
+@click.option("--model", "models", multiple=True, metavar="NAME", help="Show only this model.")
+@click.option("--allow-other", is_flag=True, help="Let all users read. [default: only you]")
+@click.option("--uid", metavar="N", help="Owner of all files. [default: you]")
+@click.option("--gid", metavar="N", help="Group of all files. [default: yours]")
+@click.option("--umask", metavar="OCTAL", help="Permission bits taken away from all files.")
+@click.option(
+    "--cache",
+    "cache_bytes_max",
+    type=parse_size,
+    default="96M",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for decoded fragments.",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Log here. [default: the system log, else a file in your state directory]",
+)
+@click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(min=0),
+    default=_GRACE_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long open files may be read on after SIGTERM.",
+)
+@shared_options()
+@pass_session
+def mount_command(
+    session: Session,
+    mountpoint: Path,
+    foreground: bool,
+    option_list: tuple[str, ...],
+    models: tuple[str, ...],
+    allow_other: bool,
+    uid: str | None,
+    gid: str | None,
+    umask: str | None,
+    cache_bytes_max: int,
+    log_file: Path | None,
+    grace_s: float,
+) -> int:
+    """Show the models as ordinary files under a mount point.
+
+    MOUNTPOINT is an existing directory; the files in it are read-only. Returns when the mount is
+    ready and goes on in the background. Models that are added or removed later appear and
+    disappear within a second.
+
+    -o takes ro, allow_other, allow_root, nonempty, uid=, gid=, umask=, library=, model=, and
+    passes over what is meant for mount(8) and systemd.
+    """
+    words = parse_fstab_options(",".join(option_list))
+    if words.writable:
+        raise UsageError("a library is mounted read-only", remedy="leave out 'rw'")
+    from fragfs.mount.options import MountOptions
+
+    options = MountOptions(
+        library=words.library.absolute() if words.library else session.library_path,
+        mountpoint=mountpoint.absolute(),
+        models=(*words.models, *map(os.fsencode, models)),
+        allow_other=allow_other or words.allow_other,
+        allow_root=words.allow_root,
+        uid=_number("uid", uid, words),
+        gid=_number("gid", gid, words),
+        umask=_number("umask", umask, words),
+        nonempty=words.nonempty,
+        cache_bytes_max=cache_bytes_max,
+        log_file=log_file.absolute() if log_file else None,
+        verbose=session.debug,
+        grace_s=grace_s,
+    )
+    if foreground:
+        from fragfs.mount.launch import serve
+
+        return serve(options)
+    start_mount(options, quiet=session.quiet)
+    return 0
+
+
+def _number(name: str, text: str | None, words: FstabOptions) -> int | None:
+    """An option's own value, else what `-o` says."""
+    if text is not None:
+        return parse_number(name, text)
+    value: int | None = getattr(words, name)
+    return value
+
+
+def start_mount(options: MountOptions, *, quiet: bool) -> None:
+    """Mount in the background and say so.
+
+    Args:
+        options: What to mount; without a log file, one is chosen if there is no system log.
+        quiet: Only print warnings.
+    """
+    import dataclasses
+
+    from fragfs.mount.launch import mount
+
+    if options.log_file is None:
+        options = dataclasses.replace(options, log_file=default_log_file())
+    report = mount(options)
+    for text in report.warnings:
+        remark(f"fragfs: warning: {text}")
+    if not quiet:
+        where = os.fsencode(report.mountpoint)
+        command = shlex.quote(show_name(where))
+        say(f"mounted on {show_name(where)}; 'fragfs umount {command}' ends it")
+
+
+@click.command(
+    "umount",
+    epilog=example(
+        "fragfs umount ~/models",
+    ),
+)
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--lazy", is_flag=True, help="Detach now; those who still read go on.")
+@click.option("--force", is_flag=True, help="Cut off who still reads.")
+@shared_options()
+@pass_session
+def umount_command(session: Session, mountpoint: Path, lazy: bool, force: bool) -> None:
+    """End a mount.
+
+    If MOUNTPOINT is busy, the processes that use it are named.
+
+    Also clears a mount whose process has died ("Transport endpoint is not connected").
+    """
+    from fragfs.mount.unmount import unmount
+
+    unmount(mountpoint.absolute(), lazy=lazy, force=force)
+    if not session.quiet:
+        say(f"unmounted {show_name(os.fsencode(mountpoint))}")

@@ -1,0 +1,1 @@
+"""How a fragment is stored: element planes, entropy coding, predictors. Pure, bytes to bytes."""

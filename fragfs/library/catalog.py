@@ -1,0 +1,365 @@
+"""The catalog: the SQLite database that says what a library holds, and its only commit point.
+
+Readers call `connection()`: one connection per thread, opened on first use, read-only. Nothing here
+keeps a transaction open after a method returns, and no connection crosses a process: a forked child
+that uses the catalog gets an error instead of a corrupted database.
+
+Writers use `transaction()`, under the library's lock (`writer.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fragfs.errors import FormatError, NotFoundError, StorageError
+from fragfs.types import (
+    LIBRARY_FORMAT_VERSION,
+    SHARED_INODE_BYTES_MIN,
+    FragmentId,
+    FragmentMetadata,
+    LibraryConfig,
+)
+
+__all__ = [
+    "APPLICATION_ID",
+    "CATALOG_NAME",
+    "FIRST_CONTENT",
+    "SCHEMA",
+    "SNAPSHOT_NAME",
+    "Catalog",
+    "create_catalog",
+]
+
+CATALOG_NAME = "catalog.sqlite"
+SNAPSHOT_NAME = "catalog.snapshot"
+APPLICATION_ID = 0x46524147
+"""Identifies the database file as ours ("FRAG")."""
+FIRST_CONTENT = 1024
+"""Content numbers are inode numbers; the ones below are kept for a mount's own use."""
+
+SCHEMA = f"""
+CREATE TABLE library (
+    only INTEGER PRIMARY KEY CHECK (only = 1),
+    uuid BLOB NOT NULL,
+    fragment_elements INTEGER NOT NULL,
+    closure_max INTEGER NOT NULL,
+    zstd_level INTEGER NOT NULL,
+    pack_bytes_max INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    batch BLOB NOT NULL
+);
+CREATE TABLE packs (
+    number INTEGER PRIMARY KEY,
+    committed_size INTEGER NOT NULL,
+    file_size INTEGER NOT NULL,
+    state INTEGER NOT NULL
+);
+CREATE TABLE fragments (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id BLOB NOT NULL UNIQUE,
+    pack INTEGER NOT NULL,
+    offset INTEGER NOT NULL,
+    record_size INTEGER NOT NULL,
+    raw_size INTEGER NOT NULL,
+    predictor INTEGER NOT NULL
+);
+CREATE TABLE models (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    name BLOB NOT NULL UNIQUE,
+    parent BLOB NOT NULL,
+    added_ns INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    mode INTEGER NOT NULL
+);
+CREATE INDEX models_parent ON models (parent);
+CREATE TABLE folders (
+    path BLOB PRIMARY KEY,
+    parent BLOB NOT NULL,
+    mtime_ns INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX folders_parent ON folders (parent);
+CREATE TABLE contents (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    sha256 BLOB NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    stored_bytes INTEGER NOT NULL,
+    verdict TEXT NOT NULL,
+    extents BLOB NOT NULL
+);
+CREATE INDEX contents_shared ON contents (sha256) WHERE size >= {SHARED_INODE_BYTES_MIN};
+CREATE TABLE files (
+    model INTEGER NOT NULL,
+    directory BLOB NOT NULL,
+    name BLOB NOT NULL,
+    content INTEGER,
+    mode INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    PRIMARY KEY (model, directory, name)
+) WITHOUT ROWID;
+CREATE INDEX files_content ON files (content) WHERE content IS NOT NULL;
+"""
+
+_FRAGMENT_COLUMNS = "number, id, pack, offset, record_size, raw_size, predictor"
+
+
+def create_catalog(path: Path, uuid: bytes, config: LibraryConfig, now_ns: int) -> None:
+    """Create an empty catalog at `path` (a name nobody uses yet)."""
+    with _sqlite_errors(path):
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {LIBRARY_FORMAT_VERSION}")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in SCHEMA.split(";"):
+                connection.execute(statement)
+            connection.execute(
+                "INSERT INTO library VALUES (1, ?, ?, ?, ?, ?, 0, ?)",
+                (
+                    uuid,
+                    config.fragment_elements,
+                    config.closure_max,
+                    config.zstd_level,
+                    config.pack_bytes_max,
+                    bytes(16),
+                ),
+            )
+            connection.execute("INSERT INTO folders VALUES (x'', x'', ?)", (now_ns,))
+            connection.execute(
+                "INSERT INTO sqlite_sequence VALUES ('contents', ?)", (FIRST_CONTENT - 1,)
+            )
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+
+
+@contextmanager
+def _sqlite_errors(path: Path) -> Iterator[None]:
+    """Translate SQLite's errors at the edge; each names the database and what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        text = str(error)
+        if "disk is full" in text:
+            remedy = "free some space and run the command again"
+        elif "locked" in text or "busy" in text:
+            remedy = "wait for the other fragfs to finish, or see which process holds it"
+        else:
+            remedy = "check that the directory is readable and its disk is healthy"
+        raise StorageError(
+            f"catalog {path}: {text}", path=str(path), remedy=remedy, retryable="locked" in text
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise FormatError(
+            f"catalog {path} is damaged: {error}",
+            path=str(path),
+            remedy="restore it, with the packs, from one backup",
+        ) from error
+
+
+class Catalog:
+    """Connections to one library's catalog, and the queries that several rooms need.
+
+    Args:
+        directory: The library's directory.
+
+    Attributes:
+        path: The database file in use: the catalog, or its snapshot where this user cannot open
+            the catalog itself (another user's library, read-only media).
+        read_only: True if the snapshot is in use.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.path = directory / CATALOG_NAME
+        self.read_only = False
+        self._local = threading.local()
+        self._opened: list[sqlite3.Connection] = []
+        self._opened_lock = threading.Lock()
+        self._process = os.getpid()
+        if not self.path.exists():
+            raise NotFoundError(
+                f"no fragfs library in {directory}",
+                path=str(directory),
+                remedy=f"create one with: fragfs init {directory}",
+            )
+        try:
+            self.connection()
+        except StorageError:
+            if not (directory / SNAPSHOT_NAME).exists() or os.access(directory, os.W_OK):
+                raise
+            self.path = directory / SNAPSHOT_NAME
+            self.read_only = True
+        self._check_version()
+
+    def _check_version(self) -> None:
+        with _sqlite_errors(self.path):
+            connection = self.connection()
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID:
+            raise FormatError(
+                f"{self.path} is not the catalog of a fragfs library",
+                path=str(self.path),
+                remedy="check the path, or restore the catalog from a backup",
+            )
+        if version != LIBRARY_FORMAT_VERSION:
+            raise FormatError(
+                f"library format {version} is not the format this fragfs works with"
+                f" ({LIBRARY_FORMAT_VERSION})",
+                path=str(self.path),
+                remedy="upgrade fragfs",
+                expected=LIBRARY_FORMAT_VERSION,
+                actual=version,
+            )
+
+    def connection(self) -> sqlite3.Connection:
+        """This thread's connection, read-only and in autocommit mode."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._connect(writable=False)
+            self._local.connection = connection
+        elif os.getpid() != self._process:
+            raise StorageError(
+                "a library that was opened before fork() is used after it",
+                remedy="open the library again in the child process",
+            )
+        return connection
+
+    def _connect(self, *, writable: bool) -> sqlite3.Connection:
+        if os.getpid() != self._process:
+            raise StorageError(
+                "a library that was opened before fork() is used after it",
+                remedy="open the library again in the child process",
+            )
+        # A snapshot is never changed in place, only replaced by rename: immutable is true of it.
+        mode = "mode=ro&immutable=1" if self.read_only else "mode=rw"
+        uri = f"{self.path.absolute().as_uri()}?{mode}"
+        with _sqlite_errors(self.path):
+            connection = sqlite3.connect(
+                uri, uri=True, isolation_level=None, timeout=30, check_same_thread=False
+            )
+            try:
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(f"PRAGMA query_only = {0 if writable else 1}")
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            except BaseException:
+                connection.close()
+                raise
+        with self._opened_lock:
+            self._opened.append(connection)
+        return connection
+
+    def close(self) -> None:
+        """Close every thread's connection; other threads must have stopped using the catalog."""
+        with self._opened_lock:
+            opened, self._opened = self._opened, []
+        if os.getpid() == self._process:
+            for connection in opened:
+                connection.close()
+        self._local = threading.local()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One write transaction on a connection of its own; rolled back if the body raises."""
+        connection = self._connect(writable=True)
+        try:
+            with _sqlite_errors(self.path):
+                connection.execute("BEGIN IMMEDIATE")
+            try:
+                with _sqlite_errors(self.path):
+                    yield connection
+                    connection.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+        finally:
+            with self._opened_lock:
+                self._opened.remove(connection)
+            connection.close()
+
+    # --- queries
+
+    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """All rows of a read-only query."""
+        with _sqlite_errors(self.path):
+            return self.connection().execute(sql, parameters).fetchall()
+
+    def row(self, sql: str, parameters: Sequence[object] = ()) -> tuple[Any, ...] | None:
+        """The first row of a read-only query, or None."""
+        with _sqlite_errors(self.path):
+            found: tuple[Any, ...] | None = self.connection().execute(sql, parameters).fetchone()
+            return found
+
+    def data_version(self) -> int:
+        """A number that changes when another connection has committed.
+
+        Compare only values that the same thread got: SQLite counts per connection.
+        """
+        found = self.row("PRAGMA data_version")
+        return int(found[0]) if found else 0
+
+    def identity(self) -> tuple[bytes, LibraryConfig]:
+        """The library's UUID and its fixed settings."""
+        found = self.row(
+            "SELECT uuid, fragment_elements, closure_max, zstd_level, pack_bytes_max FROM library"
+        )
+        if found is None:
+            raise FormatError(
+                f"catalog {self.path} lacks the library's settings",
+                path=str(self.path),
+                remedy="restore it, with the packs, from one backup",
+            )
+        uuid, elements, closure, level, pack_bytes = found
+        config = LibraryConfig(elements, closure, level, pack_bytes)
+        return uuid, config
+
+    def generation(self) -> tuple[int, bytes]:
+        """Number and id of the batch committed last."""
+        found = self.row("SELECT generation, batch FROM library")
+        if found is None:
+            return 0, bytes(16)
+        return found
+
+    def fragment(self, number: int) -> FragmentMetadata:
+        """Where a fragment is stored.
+
+        Raises:
+            NotFoundError: No such fragment.
+        """
+        found = self.row(f"SELECT {_FRAGMENT_COLUMNS} FROM fragments WHERE number = ?", (number,))
+        if found is None:
+            raise NotFoundError(f"fragment number {number} is not in the catalog")
+        return _metadata(found)
+
+    def find_fragment(self, fragment: FragmentId) -> FragmentMetadata | None:
+        """Where the fragment with this id is stored, or None."""
+        found = self.row(f"SELECT {_FRAGMENT_COLUMNS} FROM fragments WHERE id = ?", (fragment,))
+        return _metadata(found) if found else None
+
+    def next_number(self, table: str) -> int:
+        """The first number of an AUTOINCREMENT table that was never used."""
+        found = self.row("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
+        return int(found[0]) + 1 if found else 1
+
+
+def _metadata(row: tuple[Any, ...]) -> FragmentMetadata:
+    number, fragment, pack, offset, record_size, raw_size, predictor = row
+    return FragmentMetadata(
+        number,
+        FragmentId(fragment),
+        pack,
+        offset,
+        record_size,
+        raw_size,
+        predictor,
+    )

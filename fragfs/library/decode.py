@@ -1,0 +1,133 @@
+"""From a fragment number to its raw bytes, with every checksum checked on the way."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fragfs.codec.encoding import decode
+from fragfs.errors import FormatError, FragmentError, IntegrityError
+from fragfs.library.catalog import Catalog
+from fragfs.library.packs import PackReader
+from fragfs.library.records import checksum, parse_fragment_record
+from fragfs.types import Fragment, FragmentMetadata
+
+__all__ = ["NO_SOURCE", "DecodedSource", "FragmentDecoder", "where"]
+
+
+class DecodedSource(Protocol):
+    """Where decoded fragments may already be, and where new ones may be kept."""
+
+    def get(self, number: int) -> memoryview | None:
+        """The raw bytes of a fragment, read-only, or None."""
+
+    def put(self, number: int, raw: memoryview) -> None:
+        """Offer decoded bytes for keeping; they must never be changed afterwards."""
+
+
+class _NoSource:
+    def get(self, number: int) -> memoryview | None:
+        return None
+
+    def put(self, number: int, raw: memoryview) -> None:
+        return None
+
+
+NO_SOURCE: DecodedSource = _NoSource()
+"""Keeps nothing: every fragment is read from its pack and decoded."""
+
+_REMEDY = (
+    "restore the pack from a backup, or add a model that holds these bytes again, which heals it"
+)
+
+
+def where(metadata: FragmentMetadata) -> str:
+    """Where a fragment's record is, for messages."""
+    return f"pack {metadata.pack} at offset {metadata.offset}"
+
+
+class FragmentDecoder:
+    """Reads and decodes the fragments of one library. Safe in any thread."""
+
+    def __init__(self, catalog: Catalog, packs: PackReader) -> None:
+        self._catalog = catalog
+        self._packs = packs
+
+    def read_record(self, metadata: FragmentMetadata) -> Fragment:
+        """The stored form of a fragment, its header and stored bytes checked.
+
+        Raises:
+            IntegrityError: The record is damaged, or is another fragment's.
+            StorageError: The pack cannot be read.
+        """
+        data = self._packs.read(metadata.pack, metadata.offset, metadata.record_size)
+        try:
+            fragment = parse_fragment_record(data, where(metadata))
+        except FragmentError as error:
+            raise _named(error, metadata) from error
+        if fragment.id != metadata.id or fragment.raw_size != metadata.raw_size:
+            raise IntegrityError(
+                f"fragment {metadata.id.short}: {where(metadata)} holds fragment"
+                f" {fragment.id.short} instead",
+                fragment=metadata.id.hex(),
+                offset=metadata.offset,
+                expected=metadata.id.hex(),
+                actual=fragment.id.hex(),
+                remedy=_REMEDY,
+            )
+        return fragment
+
+    def decode(self, number: int, source: DecodedSource) -> memoryview:
+        """The raw bytes of a fragment, read-only.
+
+        Blocks on disk and decodes in the calling thread. What had to be decoded is offered to
+        `source`.
+
+        Raises:
+            NotFoundError: No such fragment in the catalog.
+            IntegrityError: Stored bytes are damaged; names fragment, pack, offset and remedy.
+            StorageError: The pack cannot be read.
+        """
+        raw = source.get(number)
+        if raw is not None:
+            return raw
+        metadata = self._catalog.fragment(number)
+        raw = self.decode_record(self.read_record(metadata), metadata)
+        source.put(number, raw)
+        return raw
+
+    def decode_record(self, fragment: Fragment, metadata: FragmentMetadata) -> memoryview:
+        """Decode a record that `read_record` returned, and check the result."""
+        try:
+            raw = decode(
+                fragment.predictor,
+                fragment.dtype,
+                fragment.params,
+                memoryview(fragment.payload),
+                fragment.raw_size,
+            )
+        except FormatError as error:
+            raise _named(error, metadata) from error
+        found = checksum(raw)
+        if found != fragment.raw_checksum:
+            raise IntegrityError(
+                f"fragment {metadata.id.short} in {where(metadata)}: decoded bytes differ from"
+                " their checksum",
+                fragment=metadata.id.hex(),
+                offset=metadata.offset,
+                expected=f"{fragment.raw_checksum:016x}",
+                actual=f"{found:016x}",
+                remedy=_REMEDY,
+            )
+        return raw.toreadonly()
+
+
+def _named(error: FragmentError, metadata: FragmentMetadata) -> FragmentError:
+    """The same kind of error, saying which fragment it is about."""
+    return type(error)(
+        f"fragment {metadata.id.short}: {error.message}",
+        fragment=metadata.id.hex(),
+        offset=metadata.offset,
+        expected=error.expected,
+        actual=error.actual,
+        remedy=error.remedy or _REMEDY,
+    )

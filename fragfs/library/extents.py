@@ -1,0 +1,193 @@
+"""How a file is assembled: its extents, as compact arrays.
+
+A file of 28,000 extents must open in milliseconds, so extents are columns of one compressed blob,
+never a row or an object each. Standard-library arrays: a mount's `open` needs no numpy.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import zstandard
+
+from fragfs.errors import FormatError
+from fragfs.types import Extent, SpanKind
+
+__all__ = ["EXTENTS_MAX", "ExtentMap", "ExtentMapBuilder", "OpenContent"]
+
+EXTENTS_MAX = 1 << 26
+"""Most extents of one file: 64 TiB of 1 MiB fragments. Bounds what a damaged blob may allocate."""
+
+_FIRST = 0x80
+_ROW_BYTES = 4 + 8 + 4 + 1
+
+
+def _little(values: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        values = values[:]
+        values.byteswap()
+    return values.tobytes()
+
+
+def _native(typecode: str, data: bytes) -> array[int]:
+    values = array(typecode, data)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+class ExtentMap:
+    """The extents of one file, in order, covering `[0, size)` exactly once.
+
+    Immutable; safe to share between threads.
+
+    Attributes:
+        size: Bytes of the file.
+        fragments: Fragment number per extent, array("q").
+    """
+
+    __slots__ = ("_ends", "_kinds", "_offsets", "_sizes", "fragments", "size")
+
+    def __init__(
+        self, sizes: array[int], fragments: array[int], offsets: array[int], kinds: bytes
+    ) -> None:
+        self._sizes = sizes
+        self.fragments = fragments
+        self._offsets = offsets
+        self._kinds = kinds
+        self._ends = array("q", accumulate(sizes))
+        self.size = self._ends[-1] if sizes else 0
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> Extent:
+        end, size, kind = self._ends[index], self._sizes[index], self._kinds[index]
+        return Extent(
+            end - size,
+            size,
+            self.fragments[index],
+            self._offsets[index],
+            SpanKind(kind & ~_FIRST),
+            bool(kind & _FIRST),
+        )
+
+    def __iter__(self) -> Iterator[Extent]:
+        return (self[index] for index in range(len(self)))
+
+    def index_at(self, offset: int) -> int:
+        """Index of the extent that holds byte `offset`; binary search.
+
+        Raises:
+            IndexError: `offset` is outside `[0, size)`.
+        """
+        if not 0 <= offset < self.size:
+            raise IndexError(f"byte {offset} is outside a file of {self.size} bytes")
+        return bisect_right(self._ends, offset)
+
+    def columns(self) -> tuple[array[int], array[int], bytes]:
+        """(sizes, offsets in the fragment, kind bytes): the columns that name no fragment."""
+        return self._sizes, self._offsets, bytes(self._kinds)
+
+    def pack(self) -> bytes:
+        """The blob kept in the catalog (FORMAT.md, "Extents").
+
+        Fragment numbers are stored as differences: neighbours in a file are mostly neighbours in
+        the catalog, so the column compresses to nearly nothing.
+        """
+        steps = array(
+            "q", (b - a for a, b in zip([0, *self.fragments], self.fragments, strict=False))
+        )
+        body = b"".join(
+            (_little(self._sizes), _little(steps), _little(self._offsets), bytes(self._kinds))
+        )
+        return zstandard.ZstdCompressor(level=6).compress(len(self).to_bytes(4, "little") + body)
+
+    @classmethod
+    def parse(cls, blob: bytes) -> ExtentMap:
+        """Read what `pack` wrote.
+
+        Raises:
+            FormatError: The blob is damaged.
+        """
+        try:
+            data = zstandard.ZstdDecompressor().decompress(
+                blob, max_output_size=4 + _ROW_BYTES * EXTENTS_MAX
+            )
+        except zstandard.ZstdError as error:
+            raise FormatError(
+                "the extents of a file do not decompress",
+                remedy="restore the catalog from a backup",
+            ) from error
+        count = int.from_bytes(data[:4], "little")
+        if len(data) != 4 + _ROW_BYTES * count:
+            raise FormatError(
+                f"the extents of a file have {len(data)} bytes, {count} extents need"
+                f" {4 + _ROW_BYTES * count}",
+                remedy="restore the catalog from a backup",
+            )
+        body = data[4:]
+        sizes = _native("I", body[: 4 * count])
+        steps = _native("q", body[4 * count : 12 * count])
+        offsets = _native("I", body[12 * count : 16 * count])
+        return cls(sizes, array("q", accumulate(steps)), offsets, body[16 * count :])
+
+
+class ExtentMapBuilder:
+    """Collects the extents of a file front to back."""
+
+    def __init__(self) -> None:
+        self._sizes = array("I")
+        self._fragments = array("q")
+        self._offsets = array("I")
+        self._kinds = bytearray()
+
+    def append(
+        self, size: int, fragment: int, fragment_offset: int, kind: SpanKind, *, first: bool
+    ) -> None:
+        """Add the next extent; see `Extent` for the fields."""
+        self._sizes.append(size)
+        self._fragments.append(fragment)
+        self._offsets.append(fragment_offset)
+        self._kinds.append(kind | (_FIRST if first else 0))
+
+    def extend(self, extents: Iterable[Extent]) -> None:
+        """Add extents that follow."""
+        for extent in extents:
+            self.append(
+                extent.size,
+                extent.fragment,
+                extent.fragment_offset,
+                extent.kind,
+                first=extent.first,
+            )
+
+    def build(self) -> ExtentMap:
+        """The finished map."""
+        return ExtentMap(self._sizes, self._fragments, self._offsets, bytes(self._kinds))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenContent:
+    """A file content with everything needed to read it.
+
+    Attributes:
+        number: The content's number: its inode in a mount.
+        size: Bytes of the file.
+        mtime_ns: Modification time of the first file that had this content.
+        sha256: SHA-256 of the whole content: 32 bytes.
+        stored_bytes: Record bytes of its own fragments, bases not included.
+        extents: How it is assembled.
+    """
+
+    number: int
+    size: int
+    mtime_ns: int
+    sha256: bytes
+    stored_bytes: int
+    extents: ExtentMap

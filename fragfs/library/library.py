@@ -1,0 +1,501 @@
+"""`FragmentLibrary`: the door to a library, for the command line, the mount and Python programs.
+
+Heavy rooms (numpy, codecs) are imported by the methods that need them, so that `fragfs ls` starts
+fast.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid as uuid_module
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fragfs.errors import NotFoundError, UsageError
+from fragfs.library import tree
+from fragfs.library.catalog import (
+    CATALOG_NAME,
+    Catalog,
+    create_catalog,
+)
+from fragfs.library.extents import ExtentMap, OpenContent
+from fragfs.library.files import Files, OsFiles
+from fragfs.library.names import as_name, join, printable
+from fragfs.library.packs import PACKS_NAME, PackReader
+from fragfs.library.progress import NO_PROGRESS, Progress
+from fragfs.library.publish import (
+    DraftDirectory,
+    RemoveReport,
+    load_draft,
+    publish_model,
+    publish_move,
+    publish_removal,
+)
+from fragfs.library.writer import STAGING_NAME, Batch, LibraryWriter
+from fragfs.types import (
+    FileEntry,
+    FragmentId,
+    FragmentMetadata,
+    LayerMapping,
+    LibraryConfig,
+    LibraryStats,
+    ModelInfo,
+    ModelManifest,
+)
+
+if TYPE_CHECKING:
+    from fragfs.library.add import AddOptions, AddReport
+    from fragfs.library.decode import DecodedSource, FragmentDecoder
+    from fragfs.library.ingest import Ingester
+    from fragfs.library.readback import ExportReport, VerifiedFile
+
+__all__ = ["FragmentLibrary"]
+
+_LOCK_TIMEOUT_S = 60.0
+
+
+class FragmentLibrary:
+    """A directory that holds models as deduplicated, compressed fragments.
+
+    Use `create` or `open`. Methods are synchronous, may block on disk, and may be called from
+    several threads at once; none may be called in a child process made by fork().
+
+    Attributes:
+        path: The library's directory.
+        config: Its settings, fixed when it was created.
+        uuid: Its identity: 16 bytes.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        files: Files | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
+        lock_timeout_s: float = _LOCK_TIMEOUT_S,
+    ) -> None:
+        self.path = Path(path)
+        self._files = files or OsFiles()
+        self._now_ns = now_ns
+        self._catalog = Catalog(self.path)
+        self.uuid, self.config = self._catalog.identity()
+        self._packs = PackReader(self._files, self.path, self.uuid)
+        self._writer = LibraryWriter(
+            self._files, self.path, self._catalog, self.uuid, self.config, lock_timeout_s
+        )
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        config: LibraryConfig | None = None,
+        *,
+        files: Files | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> FragmentLibrary:
+        """Create a library in a new or empty directory, and open it.
+
+        Args:
+            path: Where; missing parents are created.
+            config: Settings that never change afterwards.
+            files: How to write; the real file system by default.
+            now_ns: The clock.
+
+        Raises:
+            UsageError: The directory holds something.
+            StorageError: It cannot be written.
+        """
+        files = files or OsFiles()
+        directory = Path(path)
+        if directory.exists() and not directory.is_dir():
+            raise UsageError(f"{directory} is not a directory", path=str(directory))
+        for parent in reversed([directory, *directory.parents]):
+            if not parent.exists():
+                files.make_directory(parent)
+        staging = directory / STAGING_NAME
+        leftovers = set(files.names(directory)) - {STAGING_NAME, PACKS_NAME}
+        if CATALOG_NAME in leftovers:
+            raise UsageError(
+                f"{directory} is a fragfs library already", path=str(directory), remedy="use it"
+            )
+        if leftovers:
+            raise UsageError(
+                f"{directory} is not empty", path=str(directory), remedy="name a new directory"
+            )
+        files.make_directory(directory / PACKS_NAME)
+        files.make_directory(staging)
+        temporary = staging / f"{CATALOG_NAME}.{os.getpid()}"
+        files.unlink(temporary)
+        create_catalog(temporary, uuid_module.uuid4().bytes, config or LibraryConfig(), now_ns())
+        # A library exists once its catalog has its name: all else is there by then.
+        files.rename(temporary, directory / CATALOG_NAME)
+        files.sync_directory(directory)
+        files.sync_directory(directory.parent)
+        return cls(directory, files=files, now_ns=now_ns)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        files: Files | None = None,
+        lock_timeout_s: float = _LOCK_TIMEOUT_S,
+    ) -> FragmentLibrary:
+        """Open an existing library.
+
+        Args:
+            path: The library's directory.
+            files: How to read and write; the real file system by default.
+            lock_timeout_s: How long changes wait for another writer.
+
+        Raises:
+            NotFoundError: There is no library.
+            FormatError: It is damaged, or needs a newer fragfs.
+            StorageError: It cannot be read.
+        """
+        return cls(path, files=files, lock_timeout_s=lock_timeout_s)
+
+    def close(self) -> None:
+        """Close the catalog and the packs; other threads must have stopped using them."""
+        self._packs.drop_descriptors()
+        self._catalog.close()
+
+    def __enter__(self) -> FragmentLibrary:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- models and files
+
+    def models(self) -> list[ModelInfo]:
+        """Every model, by name."""
+        return [_model_info(row) for row in self._catalog.rows(f"{_MODELS} ORDER BY name")]
+
+    def model(self, name: str | bytes) -> ModelInfo:
+        """One model.
+
+        Raises:
+            NotFoundError: No such model; near names are suggested.
+        """
+        raw = as_name(name)
+        row = self._catalog.row(f"{_MODELS} WHERE name = ?", (raw,))
+        if row is None:
+            raise self._no_model(raw)
+        return _model_info(row)
+
+    def _no_model(self, name: bytes) -> NotFoundError:
+        names = [printable(row[0]) for row in self._catalog.rows("SELECT name FROM models")]
+        near = get_close_matches(printable(name), names, n=3)
+        remedy = f"did you mean {', '.join(near)}?" if near else "see the models with: fragfs ls"
+        return NotFoundError(f"the library has no model named {printable(name)}", remedy=remedy)
+
+    def files(self, name: str | bytes) -> list[FileEntry]:
+        """Every file of a model, by path.
+
+        Raises:
+            NotFoundError: No such model.
+        """
+        model = self.model(name)
+        entries = [
+            FileEntry(join(directory, leaf), *rest)
+            for directory, leaf, *rest in self._catalog.rows(
+                "SELECT directory, name, content, size, sha256, mode, files.mtime_ns, stored_bytes,"
+                " verdict FROM files JOIN contents ON contents.number = content WHERE model = ?",
+                (model.number,),
+            )
+        ]
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def manifest(self, name: str | bytes) -> ModelManifest:
+        """A model with its files and named tensors.
+
+        The names come from the files' own headers, which are decoded for it.
+        """
+        from fragfs.library.layers import file_layers
+
+        entries = self.files(name)
+        layers: list[LayerMapping] = []
+        for entry in entries:
+            layers += file_layers(
+                entry, self.open_content(entry.content), self._decode_cold, self._fragment_id
+            )
+        return ModelManifest(self.model(name), tuple(entries), tuple(layers))
+
+    def stats(self, name: str | bytes | None = None) -> LibraryStats:
+        """Count the library, or one model of it; everything is recomputed from disk."""
+        from fragfs.library.stats import library_stats
+
+        number = self.model(name).number if name is not None else None
+        return library_stats(self._catalog, self.path, number)
+
+    def data_version(self) -> int:
+        """A number that changes when any process has changed the library.
+
+        Compare only values that the same thread got.
+        """
+        return self._catalog.data_version()
+
+    # --- the tree
+
+    def lookup(self, path: bytes) -> tree.TreeNode | None:
+        """What is at `path` of the tree that a mount shows; b"" is its root."""
+        return tree.lookup(self._catalog, path)
+
+    def list_directory(self, path: bytes) -> list[tuple[bytes, tree.TreeNode]] | None:
+        """The entries of a directory of that tree, by name; None if it is no directory."""
+        return tree.list_directory(self._catalog, path)
+
+    # --- contents and fragments
+
+    def open_content(self, content: int) -> OpenContent:
+        """Everything needed to read a file content.
+
+        Raises:
+            NotFoundError: No file shows it any more.
+        """
+        row = self._catalog.row(
+            "SELECT number, size, mtime_ns, sha256, stored_bytes, extents FROM contents"
+            " WHERE number = ?",
+            (content,),
+        )
+        if row is None:
+            raise NotFoundError(f"content {content} is not in the library (any more)")
+        number, size, mtime_ns, sha256, stored_bytes, extents = row
+        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
+
+    def models_of_content(self, content: int) -> list[bytes]:
+        """Names of the models that show a content."""
+        return [
+            row[0]
+            for row in self._catalog.rows(
+                "SELECT DISTINCT models.name FROM files JOIN models ON models.number = files.model"
+                " WHERE content = ? ORDER BY models.name",
+                (content,),
+            )
+        ]
+
+    def models_of_fragment(self, number: int) -> list[bytes]:
+        """Names of the models that need a fragment. Reads all extents: for error reports."""
+        found: set[bytes] = set()
+        for content, blob in self._catalog.rows("SELECT number, extents FROM contents"):
+            if number in ExtentMap.parse(blob).fragments:
+                found.update(self.models_of_content(content))
+        return sorted(found)
+
+    def fragment(self, number: int) -> FragmentMetadata:
+        """Where a fragment is stored.
+
+        Raises:
+            NotFoundError: No such fragment.
+        """
+        return self._catalog.fragment(number)
+
+    def decode_fragment(self, number: int, source: DecodedSource) -> memoryview:
+        """The raw bytes of a fragment, read-only, from `source` or from its pack.
+
+        Raises:
+            NotFoundError: No such fragment.
+            IntegrityError: Its stored bytes are damaged.
+            StorageError: Its pack cannot be read.
+        """
+        return self._decoder.decode(number, source)
+
+    def _decode_cold(self, number: int) -> memoryview:
+        from fragfs.library.decode import NO_SOURCE
+
+        return self._decoder.decode(number, NO_SOURCE)
+
+    def _fragment_id(self, number: int) -> FragmentId:
+        return self._catalog.fragment(number).id
+
+    @cached_property
+    def _decoder(self) -> FragmentDecoder:
+        from fragfs.library.decode import FragmentDecoder
+
+        return FragmentDecoder(self._catalog, self._packs)
+
+    # --- changes
+
+    def _start_batch(self) -> AbstractContextManager[Batch]:
+        return self._writer.batch()
+
+    def add(
+        self, paths: Sequence[Path], options: AddOptions, progress: Progress = NO_PROGRESS
+    ) -> AddReport:
+        """Add directories or files; each model appears whole or not at all.
+
+        Args:
+            paths: Each directory becomes one model, or is copied into one (`options.into`).
+            options: How.
+            progress: Told about bytes read.
+
+        Raises:
+            UsageError: A name that is taken, escapes or nests; a link that leads elsewhere.
+            FormatError: A truncated file or an LFS pointer (unless `options.force`).
+            StorageError: Something cannot be read or written, or changed while it was read.
+        """
+        from fragfs.library.add import Adder
+
+        adder = Adder(
+            self.path,
+            self._catalog,
+            self._start_batch,
+            lambda workers: self._open_ingester(workers, progress),
+            self._read_back,
+            self._now_ns,
+            progress,
+        )
+        report = adder.run(paths, options)
+        self._writer.publish_snapshot()
+        return report
+
+    def _open_ingester(self, workers: int, progress: Progress) -> Ingester:
+        from fragfs.library.ingest import Ingester
+
+        return Ingester(
+            self.config, self._catalog, self._decoder, self._start_batch, workers, progress
+        )
+
+    def _read_back(self, name: bytes) -> None:
+        """Read a model from disk, not from the page cache, and compare every SHA-256."""
+        self._packs.drop_page_cache()
+        for checked in self.verify(name):
+            if checked.error is not None:
+                raise checked.error
+
+    def remove(self, name: str | bytes, paths: Sequence[bytes] = ()) -> RemoveReport:
+        """Remove a model, or files and directories of it.
+
+        Raises:
+            NotFoundError: No such model or file.
+        """
+        from fragfs.library.stats import unreferenced_bytes
+
+        raw = as_name(name)
+        entries = self.files(raw)
+        with self._writer.batch() as batch:
+            if paths:
+                removed = self._remove_paths(batch, raw, paths, entries)
+            else:
+                removed = entries
+                publish_removal(batch, self._catalog, raw, self._now_ns())
+        self._writer.publish_snapshot()
+        return RemoveReport(
+            model=raw,
+            file_count=len(removed),
+            removed_bytes=sum(entry.size for entry in removed),
+            unreferenced_bytes=unreferenced_bytes(self._catalog),
+        )
+
+    def _remove_paths(
+        self, batch: Batch, name: bytes, paths: Sequence[bytes], entries: Sequence[FileEntry]
+    ) -> list[FileEntry]:
+        draft = load_draft(self._catalog, name)
+        now_ns = self._now_ns()
+        gone: set[bytes] = set()
+        for path in paths:
+            below = path + b"/"
+            found = {
+                p for p in (*draft.files, *draft.directories) if p == path or p.startswith(below)
+            }
+            if not found or path == b"":
+                raise NotFoundError(
+                    f"{printable(name)} has no file {printable(path)}",
+                    remedy=f"see its files with: fragfs ls {printable(name)}",
+                )
+            gone |= found
+            draft.add_parents(path, now_ns)
+        draft.files = {path: file for path, file in draft.files.items() if path not in gone}
+        draft.directories = {
+            path: directory for path, directory in draft.directories.items() if path not in gone
+        }
+        publish_model(batch, self._catalog, draft, now_ns)
+        return [entry for entry in entries if entry.path in gone]
+
+    def move(self, old: str | bytes, new: str | bytes) -> None:
+        """Rename a model. Its inodes and bytes stay what they are.
+
+        Raises:
+            NotFoundError: No such model.
+            UsageError: The new name is taken or nests.
+        """
+        with self._writer.batch() as batch:
+            publish_move(batch, self._catalog, as_name(old), as_name(new), self._now_ns())
+        self._writer.publish_snapshot()
+
+    # --- whole models
+
+    def verify(
+        self,
+        name: str | bytes | None = None,
+        progress: Progress = NO_PROGRESS,
+        workers: int | None = None,
+    ) -> Iterator[VerifiedFile]:
+        """Decode every file of a model (or of all) and compare it with its recorded SHA-256."""
+        from fragfs.library.readback import verify_files
+
+        models = [self.model(name)] if name is not None else self.models()
+        files = [(model.name, entry) for model in models for entry in self.files(model.name)]
+        return verify_files(
+            files, self.open_content, self._decode_cold, workers or _cores(), progress
+        )
+
+    def export(
+        self,
+        name: str | bytes,
+        destination: Path,
+        progress: Progress = NO_PROGRESS,
+        workers: int | None = None,
+    ) -> ExportReport:
+        """Write a model's files to a new directory, bit-exact, with their modes and times.
+
+        Raises:
+            NotFoundError: No such model.
+            UsageError: The destination holds something.
+            IntegrityError: A stored fragment is damaged.
+        """
+        from fragfs.library.readback import export_files
+
+        files = self.files(name)
+        draft = load_draft(self._catalog, as_name(name))
+        directories: list[DraftDirectory] = list(draft.directories.values())
+        return export_files(
+            files,
+            [(d.path, d.mode, d.mtime_ns) for d in directories],
+            destination,
+            self.open_content,
+            self._decode_cold,
+            workers or _cores(),
+            progress,
+        )
+
+
+_MODELS = """
+SELECT number, name, added_ns, mtime_ns,
+    (SELECT count(content) FROM files WHERE model = models.number),
+    (SELECT coalesce(sum(size), 0) FROM files JOIN contents ON contents.number = content
+        WHERE model = models.number),
+    (SELECT coalesce(sum(stored_bytes), 0) FROM contents WHERE number IN
+        (SELECT content FROM files WHERE model = models.number))
+FROM models
+"""
+
+
+def _model_info(row: tuple[int, bytes, int, int, int, int, int]) -> ModelInfo:
+    return ModelInfo(*row)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

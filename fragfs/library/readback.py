@@ -1,0 +1,228 @@
+"""Reading whole files back: verify, export, and the check before sources are removed.
+
+Contents stream in order: a bounded window of fragments is decoded in threads ahead of the consumer,
+so memory stays small and all cores work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from fragfs.errors import FragmentError, IntegrityError, UsageError
+from fragfs.library.extents import OpenContent
+from fragfs.library.files import storage_error
+from fragfs.library.names import printable
+from fragfs.library.progress import Progress
+from fragfs.types import FileEntry
+
+__all__ = ["ExportReport", "VerifiedFile", "export_files", "read_content", "verify_files"]
+
+_WINDOW_BYTES_MAX = 64 << 20
+
+OpenContentFunction = Callable[[int], OpenContent]
+DecodeFunction = Callable[[int], memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedFile:
+    """One file, decoded and compared with its recorded SHA-256.
+
+    Attributes:
+        model: The model's name.
+        path: Path inside the model.
+        size: Bytes of the file.
+        sha256: The recorded digest.
+        error: What is wrong; None if the file is good.
+    """
+
+    model: bytes
+    path: bytes
+    size: int
+    sha256: bytes
+    error: FragmentError | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export wrote."""
+
+    file_count: int
+    logical_bytes: int
+
+
+def read_content(
+    content: OpenContent, decode: DecodeFunction, pool: ThreadPoolExecutor
+) -> Iterator[memoryview]:
+    """The bytes of a content, front to back, decoded ahead in `pool`.
+
+    Raises:
+        FragmentError: From the decode that failed.
+    """
+    waiting: deque[tuple[int, int, Future[memoryview]]] = deque()
+    waiting_bytes = 0
+    try:
+        for extent in content.extents:
+            while waiting and waiting_bytes + extent.size > _WINDOW_BYTES_MAX:
+                start, size, future = waiting.popleft()
+                waiting_bytes -= size
+                yield future.result()[start : start + size]
+            waiting.append(
+                (extent.fragment_offset, extent.size, pool.submit(decode, extent.fragment))
+            )
+            waiting_bytes += extent.size
+        while waiting:
+            start, size, future = waiting.popleft()
+            yield future.result()[start : start + size]
+    finally:
+        for _, _, future in waiting:
+            future.cancel()
+
+
+def _digest(
+    content: OpenContent, decode: DecodeFunction, pool: ThreadPoolExecutor, progress: Progress
+) -> bytes:
+    digest = hashlib.sha256()
+    for piece in read_content(content, decode, pool):
+        digest.update(piece)
+        progress.advance(len(piece))
+    return digest.digest()
+
+
+def verify_files(
+    files: Sequence[tuple[bytes, FileEntry]],
+    open_content: OpenContentFunction,
+    decode: DecodeFunction,
+    workers: int,
+    progress: Progress,
+) -> Iterator[VerifiedFile]:
+    """Decode every file and compare its SHA-256; each distinct content is read once.
+
+    Args:
+        files: (model name, file) pairs; results come in this order.
+        open_content: Gives a content by number.
+        decode: Decodes a fragment by number.
+        workers: Threads that decode.
+        progress: Told about bytes decoded.
+    """
+    sizes = {file.content: file.size for _, file in files}
+    progress.start("verifying", sum(sizes.values()))
+    known: dict[int, FragmentError | None] = {}
+    with ThreadPoolExecutor(workers, "fragfs-decode") as pool:
+        for model, file in files:
+            if file.content not in known:
+                progress.note(printable(model + b"/" + file.path))
+                known[file.content] = _problem(file, open_content, decode, pool, progress)
+            yield VerifiedFile(model, file.path, file.size, file.sha256, known[file.content])
+
+
+def _problem(
+    file: FileEntry,
+    open_content: OpenContentFunction,
+    decode: DecodeFunction,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> FragmentError | None:
+    try:
+        found = _digest(open_content(file.content), decode, pool, progress)
+    except FragmentError as error:
+        return error
+    if found == file.sha256:
+        return None
+    return IntegrityError(
+        f"{printable(file.path)}: SHA-256 differs although every fragment is intact",
+        path=os.fsdecode(file.path),
+        expected=file.sha256.hex(),
+        actual=found.hex(),
+        remedy="restore the catalog from a backup, or add the file again",
+    )
+
+
+def export_files(
+    files: Sequence[FileEntry],
+    directories: Sequence[tuple[bytes, int, int]],
+    destination: Path,
+    open_content: OpenContentFunction,
+    decode: DecodeFunction,
+    workers: int,
+    progress: Progress,
+) -> ExportReport:
+    """Write files back, bit-exact, with their modes and times; each appears whole or not at all.
+
+    Args:
+        files: What to write.
+        directories: (path, mode, mtime_ns); b"" is the destination itself.
+        destination: A directory that does not exist yet, or is empty.
+        open_content: Gives a content by number.
+        decode: Decodes a fragment by number.
+        workers: Threads that decode.
+        progress: Told about bytes written.
+
+    Raises:
+        UsageError: The destination holds something.
+        IntegrityError: What was decoded is not what was added; the file is not left behind.
+        StorageError: It cannot be written.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UsageError(
+            f"{destination} exists and is not an empty directory",
+            path=str(destination),
+            remedy="name a new directory",
+        )
+    total = sum(file.size for file in files)
+    progress.start("exporting", total)
+    try:
+        for path, _, _ in sorted(directories):
+            (destination / os.fsdecode(path)).mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(workers, "fragfs-decode") as pool:
+            for file in files:
+                progress.note(printable(file.path))
+                target = destination / os.fsdecode(file.path)
+                _export_file(file, open_content(file.content), target, decode, pool, progress)
+        for path, mode, mtime_ns in sorted(directories, reverse=True):
+            directory = destination / os.fsdecode(path)
+            directory.chmod(mode)
+            os.utime(directory, ns=(mtime_ns, mtime_ns))
+    except OSError as error:
+        raise storage_error(error, f"cannot export to {destination}") from error
+    return ExportReport(len(files), total)
+
+
+def _export_file(
+    file: FileEntry,
+    content: OpenContent,
+    target: Path,
+    decode: DecodeFunction,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> None:
+    digest = hashlib.sha256()
+    descriptor, temporary = tempfile.mkstemp(prefix=".fragfs-", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as stream:
+            for piece in read_content(content, decode, pool):
+                digest.update(piece)
+                view = piece
+                while view:
+                    view = view[stream.write(view) :]
+                progress.advance(len(piece))
+            os.fchmod(stream.fileno(), file.mode)
+        if digest.digest() != file.sha256:
+            raise IntegrityError(
+                f"{printable(file.path)}: SHA-256 of what was decoded differs",
+                path=str(target),
+                expected=file.sha256.hex(),
+                actual=digest.hexdigest(),
+                remedy="run fragfs verify",
+            )
+        os.utime(temporary, ns=(file.mtime_ns, file.mtime_ns))
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,276 @@
+"""What is to be added: the files of a source directory, found without reading them.
+
+Links are followed to regular files inside the source, and from a hub snapshot into the `blobs` of
+the same repository, because that is where a hub cache keeps its files. Any other link is refused by
+name: it would copy something the user did not point at. Tools' own state is left out and listed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fragfs.errors import StorageError, UsageError
+from fragfs.library.files import storage_error
+from fragfs.library.names import as_name, join, printable
+
+__all__ = [
+    "SourceDirectory",
+    "SourceFile",
+    "SourceTree",
+    "check_outside",
+    "check_unchanged",
+    "read_source",
+    "scan_source",
+]
+
+_SKIPPED_NAMES = frozenset({b".git", b".cache", b".locks", b".no_exist"})
+_SKIPPED_PATTERNS = ("*.lock", "*.incomplete", ".tmp*.safetensors", ".*.safetensors.tmp*")
+_INDEX_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A regular file to be added.
+
+    Attributes:
+        path: Where it goes inside the model.
+        source: Where it is.
+        size: Its size when it was found.
+        mtime_ns: Its modification time.
+        mode: Its permission bits.
+        is_link: True if `source` is a symbolic link.
+    """
+
+    path: bytes
+    source: Path
+    size: int
+    mtime_ns: int
+    mode: int
+    is_link: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SourceDirectory:
+    """A directory to be shown in the model.
+
+    Attributes:
+        path: Where it goes inside the model; b"" is the model's own directory.
+        mode: Its permission bits.
+        mtime_ns: Its modification time.
+    """
+
+    path: bytes
+    mode: int
+    mtime_ns: int
+
+
+@dataclass(slots=True)
+class SourceTree:
+    """Everything found below one source path.
+
+    Attributes:
+        root: The source path.
+        files: In path order.
+        directories: The model's own directory first.
+        skipped: (path, reason) of what was left out.
+        warnings: Remarks such as a shard that an index names and that is not there.
+    """
+
+    root: Path
+    files: list[SourceFile] = field(default_factory=list)
+    directories: list[SourceDirectory] = field(default_factory=list)
+    skipped: list[tuple[bytes, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def scan_source(root: Path, *, follow_links: bool) -> SourceTree:
+    """Find the files of a source path: a directory, or one regular file.
+
+    Raises:
+        UsageError: A link that leads elsewhere; nothing to add.
+        StorageError: Something cannot be listed or looked at.
+    """
+    tree = SourceTree(root)
+    status = _stat(root)
+    if stat.S_ISREG(status.st_mode):
+        name = as_name(os.fsencode(root.name))
+        now_ns = status.st_mtime_ns
+        tree.directories.append(SourceDirectory(b"", 0o755, now_ns))
+        tree.files.append(_file(name, root, status))
+        return tree
+    if not stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"{root} is neither a directory nor a regular file", path=str(root))
+    _Scanner(tree, root, follow_links=follow_links).walk(root, b"", status, ())
+    tree.files.sort(key=lambda file: file.path)
+    tree.warnings.extend(_missing_shards(tree))
+    return tree
+
+
+class _Scanner:
+    def __init__(self, tree: SourceTree, root: Path, *, follow_links: bool) -> None:
+        self._tree = tree
+        self._follow_links = follow_links
+        real = Path(os.path.realpath(root))
+        self._allowed = [real]
+        # A hub cache: REPO/snapshots/REVISION/file -> ../../blobs/DIGEST
+        for parent in real.parents:
+            if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+                self._allowed.append(parent.parent / "blobs")
+
+    def walk(
+        self,
+        directory: Path,
+        path: bytes,
+        status: os.stat_result,
+        above: tuple[tuple[int, int], ...],
+    ) -> None:
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            self._tree.skipped.append((path, "a link to a directory above it"))
+            return
+        self._tree.directories.append(
+            SourceDirectory(path, stat.S_IMODE(status.st_mode), status.st_mtime_ns)
+        )
+        try:
+            names = sorted(os.listdir(os.fsencode(directory)))
+        except OSError as error:
+            raise storage_error(error, f"cannot list {directory}") from error
+        for name in names:
+            inside = join(path, name)
+            if name in _SKIPPED_NAMES or any(
+                fnmatchcase(os.fsdecode(name), pattern) for pattern in _SKIPPED_PATTERNS
+            ):
+                self._tree.skipped.append((inside, "a tool's own state"))
+                continue
+            self._entry(directory / os.fsdecode(name), inside, (*above, identity))
+
+    def _entry(self, source: Path, path: bytes, above: tuple[tuple[int, int], ...]) -> None:
+        try:
+            is_link = source.is_symlink()
+            status = source.stat()
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"{source} is a link to nothing (or was removed while it was looked at)",
+                path=str(source),
+                remedy="complete the download, or remove the link",
+            ) from error
+        except OSError as error:
+            raise storage_error(error, f"cannot look at {source}") from error
+        if is_link:
+            self._check_link(source, is_directory=stat.S_ISDIR(status.st_mode))
+        if stat.S_ISDIR(status.st_mode):
+            self.walk(source, path, status, above)
+        elif stat.S_ISREG(status.st_mode):
+            as_name(path)
+            self._tree.files.append(_file(path, source, status, is_link=is_link))
+        else:
+            self._tree.skipped.append((path, "not a regular file"))
+
+    def _check_link(self, source: Path, *, is_directory: bool) -> None:
+        if self._follow_links:
+            return
+        target = Path(os.path.realpath(source))
+        if is_directory or not any(target.is_relative_to(place) for place in self._allowed):
+            raise UsageError(
+                f"{source} is a link to {target}, which is outside the source"
+                if not is_directory
+                else f"{source} is a link to the directory {target}",
+                path=str(source),
+                remedy="add the target itself, or pass --follow-links to store what links lead to",
+            )
+
+
+def _file(
+    path: bytes, source: Path, status: os.stat_result, *, is_link: bool = False
+) -> SourceFile:
+    return SourceFile(
+        path,
+        source,
+        status.st_size,
+        status.st_mtime_ns,
+        stat.S_IMODE(status.st_mode),
+        is_link,
+    )
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist", path=str(path)) from error
+    except OSError as error:
+        raise storage_error(error, f"cannot look at {path}") from error
+
+
+def _missing_shards(tree: SourceTree) -> Iterator[str]:
+    """Name shards that an index file lists and that the source lacks: a download cut short."""
+    present = {file.path for file in tree.files}
+    for file in tree.files:
+        if not file.path.endswith(b".index.json") or file.size > _INDEX_BYTES_MAX:
+            continue
+        try:
+            shards = set(json.loads(file.source.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        directory = file.path.rpartition(b"/")[0]
+        missing = sorted(
+            shard
+            for shard in shards
+            if isinstance(shard, str) and join(directory, os.fsencode(shard)) not in present
+        )
+        if missing:
+            yield (
+                f"{printable(file.path)} names {len(missing)} file(s) that are not there,"
+                f" e.g. {missing[0]}"
+            )
+
+
+def check_outside(root: Path, library: Path) -> None:
+    """Refuse a source that contains the library or lies in it.
+
+    Raises:
+        UsageError: It does.
+    """
+    source, store = Path(os.path.realpath(root)), Path(os.path.realpath(library))
+    if store.is_relative_to(source) or source.is_relative_to(store):
+        raise UsageError(
+            f"the source {root} and the library {library} contain one another",
+            path=str(root),
+            remedy="add a directory outside the library",
+        )
+
+
+def read_source(file: SourceFile) -> tuple[int, os.stat_result]:
+    """Open a source file for reading; returns its descriptor and its status.
+
+    Raises:
+        StorageError: It cannot be opened; the message names it.
+    """
+    try:
+        descriptor = os.open(file.source, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise storage_error(error, f"cannot read {file.source}") from error
+    return descriptor, os.fstat(descriptor)
+
+
+def check_unchanged(file: SourceFile, before: os.stat_result, descriptor: int) -> None:
+    """Refuse a file that was changed while it was read.
+
+    Raises:
+        StorageError: Size or times differ from before.
+    """
+    after = os.fstat(descriptor)
+    fields = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+    if any(getattr(before, name) != getattr(after, name) for name in fields):
+        raise StorageError(
+            f"{file.source} changed while it was read",
+            path=str(file.source),
+            retryable=True,
+            remedy="wait until nothing writes to it and add it again",
+        )

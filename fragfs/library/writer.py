@@ -1,0 +1,452 @@
+"""Writing: batches of records appended to a pack, then one catalog transaction.
+
+The order of every step is FORMAT.md's "Write order". A `Batch` exists only while the writer lock is
+held. Nothing in a pack counts until the batch's trailer is durable and the catalog transaction has
+committed; whatever a crash leaves is behind the pack's committed size and is never read.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from fragfs.errors import FormatError, StorageError
+from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME, Catalog
+from fragfs.library.files import Files
+from fragfs.library.lock import writer_lock
+from fragfs.library.packs import PACKS_NAME, pack_name, pack_number, scan_records
+from fragfs.library.records import (
+    FRAGMENT_HEADER,
+    PACK_HEADER,
+    RECORD_HEADER,
+    BatchTrailer,
+    IndexEntry,
+    PackHeader,
+    RecordHeader,
+    RecordKind,
+    pack_batch_trailer,
+    pack_fragment_record,
+    pack_index,
+    pack_pack_header,
+    pack_plain_record,
+    parse_batch_trailer,
+    parse_record_header,
+)
+from fragfs.types import Fragment, FragmentId, FragmentMetadata, LibraryConfig
+
+__all__ = ["STAGING_NAME", "Batch", "LibraryWriter", "PackState"]
+
+STAGING_NAME = "staging"
+_INTENT_NAME = "batch.intent"
+
+# Appends are gathered to this size: one writev of a few MiB instead of one per fragment.
+_BUFFERED_BYTES_MAX = 4 << 20
+
+
+class PackState:
+    """States of a pack in the catalog. Codes are on disk."""
+
+    OPEN = 0
+    SEALED = 1
+    ABANDONED = 2
+
+
+class _PackAppender:
+    """One pack open for appending, with a small write buffer."""
+
+    def __init__(self, files: Files, path: Path, number: int, size: int, *, new: bool) -> None:
+        self.number = number
+        self.path = path
+        self.size = size
+        self.new = new
+        self._files = files
+        self._descriptor = files.create(path) if new else files.open_append(path)
+        self._buffers: list[bytes | memoryview] = []
+        self._buffered = 0
+
+    def append(self, *buffers: bytes | memoryview) -> int:
+        """Append; returns the offset of the first byte."""
+        offset = self.size
+        for buffer in buffers:
+            self._buffers.append(buffer)
+            self._buffered += len(buffer)
+            self.size += len(buffer)
+        if self._buffered >= _BUFFERED_BYTES_MAX:
+            self.flush()
+        return offset
+
+    def flush(self) -> None:
+        """Hand the buffer to the operating system."""
+        self._files.append(self._descriptor, self._buffers)
+        self._buffers = []
+        self._buffered = 0
+
+    def sync(self) -> None:
+        """Make everything appended durable."""
+        self.flush()
+        self._files.sync(self._descriptor)
+
+    def index_entries(self) -> list[IndexEntry]:
+        """What an index of this pack lists: its records, whichever process wrote them."""
+        self.flush()
+        entries = []
+        for record in scan_records(self._files, self._descriptor, PACK_HEADER.size, self.size):
+            fragment, raw_size = bytes(32), 0
+            if record.header.kind is RecordKind.FRAGMENT:
+                values = FRAGMENT_HEADER.unpack(record.data, RECORD_HEADER.size)
+                fragment, raw_size = bytes(values[0]), int(values[2])
+            entries.append(
+                IndexEntry(
+                    fragment,
+                    record.offset,
+                    record.header.record_size,
+                    raw_size,
+                    record.header.kind,
+                )
+            )
+        return entries
+
+    def close(self) -> None:
+        """Close the descriptor; what was not flushed is dropped."""
+        self._files.close(self._descriptor)
+
+
+class Batch:
+    """Records on their way into the library. Made by `LibraryWriter.batch`, used by one thread.
+
+    Attributes:
+        started_s: time.monotonic() when the batch began.
+    """
+
+    def __init__(self, writer: LibraryWriter) -> None:
+        self._writer = writer
+        self._catalog = writer.catalog
+        self.started_s = time.monotonic()
+        self._generation, self._parent = self._catalog.generation()
+        self._abandoned = writer.examine_leftovers()
+        self._pack: _PackAppender | None = None
+        self._next_fragment = self._catalog.next_number("fragments")
+        self._pending: dict[FragmentId, FragmentMetadata] = {}
+        self._moved: list[FragmentMetadata] = []
+        self._record_count = 0
+        self._batch_offset = 0
+        self._headers = xxhash.xxh3_64()
+        self.committed = False
+
+    @property
+    def is_empty(self) -> bool:
+        """True while nothing was appended."""
+        return self._record_count == 0
+
+    @property
+    def fragment_count(self) -> int:
+        """Fragments appended that the library did not have."""
+        return len(self._pending)
+
+    @property
+    def is_full(self) -> bool:
+        """True once the pack has reached its largest size and the batch should be committed."""
+        return self._pack is not None and self._pack.size >= self._writer.config.pack_bytes_max
+
+    def find(self, fragment: FragmentId) -> FragmentMetadata | None:
+        """A fragment of this batch, or None. Safe from other threads."""
+        return self._pending.get(fragment)
+
+    def append_fragment(self, fragment: Fragment) -> FragmentMetadata:
+        """Append a fragment unless the library has it by now; returns where it is."""
+        known = self._pending.get(fragment.id) or self._catalog.find_fragment(fragment.id)
+        if known is not None:
+            return known
+        metadata = self._append(fragment, self._next_fragment)
+        self._next_fragment += 1
+        self._pending[fragment.id] = metadata
+        return metadata
+
+    def replace_fragment(self, fragment: Fragment, number: int) -> FragmentMetadata:
+        """Append a good record for a stored fragment whose record was found damaged."""
+        metadata = self._append(fragment, number)
+        self._moved.append(metadata)
+        return metadata
+
+    def append_plain(self, kind: RecordKind, payload: bytes) -> None:
+        """Append a MANIFEST or REMOVAL record."""
+        record = pack_plain_record(kind, payload)
+        self._appender().append(record)
+        self._count(parse_record_header(record, "a new record"))
+
+    def _append(self, fragment: Fragment, number: int) -> FragmentMetadata:
+        header, payload = pack_fragment_record(fragment)
+        pack = self._appender()
+        offset = pack.append(header, payload)
+        self._count(parse_record_header(header, "a new record"))
+        return FragmentMetadata(
+            number=number,
+            id=fragment.id,
+            pack=pack.number,
+            offset=offset,
+            record_size=len(header) + len(payload),
+            raw_size=fragment.raw_size,
+            predictor=fragment.predictor,
+        )
+
+    def _count(self, header: RecordHeader) -> None:
+        self._headers.update(header.header_checksum.to_bytes(8, "little"))
+        self._record_count += 1
+
+    def _appender(self) -> _PackAppender:
+        if self._pack is None:
+            self._pack = self._writer.open_pack()
+            self._batch_offset = self._pack.size
+        return self._pack
+
+    def commit(self, apply: Callable[[sqlite3.Connection], None] | None = None) -> None:
+        """Make the batch durable and part of the library.
+
+        Args:
+            apply: Further changes to the catalog, in the same transaction.
+        """
+        pack = self._appender()
+        batch = os.urandom(16)
+        self._writer.write_intent(batch)
+        pack.append(
+            pack_batch_trailer(
+                BatchTrailer(
+                    self._generation + 1,
+                    batch,
+                    self._parent,
+                    self._batch_offset,
+                    self._record_count,
+                    self._headers.intdigest(),
+                )
+            )
+        )
+        state = PackState.OPEN
+        if self.is_full:
+            pack.append(pack_index(pack.index_entries(), pack.size))
+            state = PackState.SEALED
+        pack.sync()
+        if pack.new:
+            self._writer.sync_packs()
+        with self._catalog.transaction() as connection:
+            connection.executemany(
+                "INSERT INTO fragments VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    (m.number, m.id, m.pack, m.offset, m.record_size, m.raw_size, m.predictor)
+                    for m in self._pending.values()
+                ),
+            )
+            connection.executemany(
+                "UPDATE fragments SET pack = ?, offset = ?, record_size = ?, predictor = ?"
+                " WHERE number = ?",
+                ((m.pack, m.offset, m.record_size, m.predictor, m.number) for m in self._moved),
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO packs VALUES (?, ?, ?, ?)", self._abandoned
+            )
+            connection.execute(
+                "INSERT OR REPLACE INTO packs VALUES (?, ?, ?, ?)",
+                (pack.number, pack.size, pack.size, state),
+            )
+            connection.execute(
+                "UPDATE library SET generation = ?, batch = ?", (self._generation + 1, batch)
+            )
+            if apply is not None:
+                apply(connection)
+        self.committed = True
+        self._writer.remove_intent()
+
+    def close(self) -> None:
+        """Let go of the pack."""
+        if self._pack is not None:
+            self._pack.close()
+
+
+class LibraryWriter:
+    """Starts batches, one at a time, under the library's lock.
+
+    Args:
+        files: Where to write.
+        directory: The library's directory.
+        catalog: Its catalog.
+        uuid: Its UUID, for new packs.
+        config: Its settings.
+        lock_timeout_s: How long to wait for another writer.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        directory: Path,
+        catalog: Catalog,
+        uuid: bytes,
+        config: LibraryConfig,
+        lock_timeout_s: float,
+    ) -> None:
+        self._files = files
+        self._directory = directory
+        self._packs = directory / PACKS_NAME
+        self.catalog = catalog
+        self._uuid = uuid
+        self.config = config
+        self._lock_timeout_s = lock_timeout_s
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Hold the lock and collect records; the caller commits, or the batch is forgotten."""
+        if self.catalog.read_only:
+            raise StorageError(
+                f"this user cannot change the library in {self._directory}",
+                path=str(self._directory),
+                remedy="run the command as the library's owner",
+            )
+        with writer_lock(self._directory, self._lock_timeout_s):
+            batch = Batch(self)
+            try:
+                yield batch
+            finally:
+                batch.close()
+
+    def open_pack(self) -> _PackAppender:
+        """The open pack, if nothing follows its committed bytes; else a new one.
+
+        A pack is never truncated: another process may be reading it, and a crash's leftovers are
+        evidence.
+        """
+        row = self.catalog.row(
+            "SELECT number, committed_size FROM packs WHERE state = ? ORDER BY number DESC",
+            (PackState.OPEN,),
+        )
+        if row is not None:
+            number, size = int(row[0]), int(row[1])
+            path = self._packs / pack_name(number)
+            if self._files.size(path) == size:
+                return _PackAppender(self._files, path, number, size, new=False)
+        known = self.catalog.row("SELECT max(number) FROM packs")
+        highest = int(known[0] or 0) if known else 0
+        highest = max([highest, *self._pack_numbers()])
+        number = highest + 1
+        pack = _PackAppender(self._files, self._packs / pack_name(number), number, 0, new=True)
+        pack.append(pack_pack_header(PackHeader(self._uuid, number, self.config)))
+        return pack
+
+    def _pack_numbers(self) -> list[int]:
+        names = self._files.names(self._packs)
+        return [number for name in names if (number := pack_number(name)) is not None]
+
+    def examine_leftovers(self) -> list[tuple[int, int, int, int]]:
+        """Packs, or ends of packs, that no commit vouches for: rows that mark them abandoned.
+
+        They are what a crash left, unless they hold a whole batch that no interrupted commit
+        explains: then the catalog is older than its packs, and writing would bury what they hold.
+
+        Raises:
+            FormatError: The catalog is older than its packs.
+        """
+        intended = self._read_intents()
+        rows = {
+            row[0]: row
+            for row in self.catalog.rows(
+                "SELECT number, committed_size, file_size, state FROM packs"
+            )
+        }
+        abandoned = []
+        for number in sorted(self._pack_numbers()):
+            known = rows.get(number)
+            if known is not None and known[3] != PackState.OPEN:
+                continue
+            start = int(known[1]) if known else PACK_HEADER.size
+            size = self._files.size(self._packs / pack_name(number))
+            if known is not None and size == start:
+                continue
+            self._check_explained(number, start, size, intended)
+            abandoned.append((number, min(start, size), size, PackState.ABANDONED))
+        return abandoned
+
+    def _check_explained(self, number: int, start: int, size: int, intended: list[bytes]) -> None:
+        path = self._packs / pack_name(number)
+        descriptor = self._files.open_read(path)
+        try:
+            trailers = [
+                parse_batch_trailer(record.data)
+                for record in scan_records(self._files, descriptor, start, size)
+                if record.header.kind is RecordKind.BATCH_TRAILER
+            ]
+        finally:
+            self._files.close(descriptor)
+        for trailer in trailers:
+            if trailer.batch not in intended:
+                raise FormatError(
+                    f"the catalog is older than its packs: {path} holds a batch (generation"
+                    f" {trailer.generation}) that the catalog has never seen",
+                    path=str(path),
+                    remedy="restore catalog.sqlite from the same backup as the packs",
+                )
+
+    # --- the note that explains an interrupted commit
+
+    def write_intent(self, batch: bytes) -> None:
+        """Leave a durable note of the batch whose trailer is about to be written.
+
+        Earlier notes stay until a commit succeeds: that commit marks all leftovers abandoned.
+        """
+        staging = self._directory / STAGING_NAME
+        temporary = staging / f"{_INTENT_NAME}.{os.getpid()}"
+        self._files.unlink(temporary)
+        descriptor = self._files.create(temporary)
+        try:
+            self._files.append(descriptor, [b"".join([*self._read_intents(), batch])])
+            self._files.sync(descriptor)
+        finally:
+            self._files.close(descriptor)
+        self._files.rename(temporary, staging / _INTENT_NAME)
+        self._files.sync_directory(staging)
+
+    def remove_intent(self) -> None:
+        """Remove the note; a stale one is harmless, so nothing is synced."""
+        self._files.unlink(self._directory / STAGING_NAME / _INTENT_NAME)
+
+    def _read_intents(self) -> list[bytes]:
+        path = self._directory / STAGING_NAME / _INTENT_NAME
+        if _INTENT_NAME not in self._files.names(path.parent):
+            return []
+        descriptor = self._files.open_read(path)
+        try:
+            ids = self._files.read_at(descriptor, self._files.size(path), 0)
+        finally:
+            self._files.close(descriptor)
+        return [ids[start : start + 16] for start in range(0, len(ids), 16)]
+
+    def sync_packs(self) -> None:
+        """Make the names of new packs durable."""
+        self._files.sync_directory(self._packs)
+
+    def publish_snapshot(self) -> None:
+        """Replace the catalog's copy, for readers that may not open the catalog itself."""
+        staging = self._directory / STAGING_NAME
+        temporary = staging / f"{SNAPSHOT_NAME}.{os.getpid()}"
+        self._files.unlink(temporary)
+        source = sqlite3.connect(
+            f"{(self._directory / CATALOG_NAME).absolute().as_uri()}?mode=ro", uri=True
+        )
+        try:
+            target = sqlite3.connect(temporary)
+            try:
+                source.backup(target)
+                target.execute("PRAGMA journal_mode = DELETE")
+            finally:
+                target.close()
+        finally:
+            source.close()
+        descriptor = self._files.open_append(temporary)
+        try:
+            self._files.sync(descriptor)
+        finally:
+            self._files.close(descriptor)
+        self._files.rename(temporary, self._directory / SNAPSHOT_NAME)
+        self._files.sync_directory(self._directory)

@@ -1,0 +1,1 @@
+"""The FUSE mount: the only importer of pyfuse3."""

@@ -1,0 +1,313 @@
+"""Answers the kernel's requests: the pyfuse3 adapter, and nothing but that.
+
+Metadata handlers ask the catalog in the event loop: point lookups of some 20 microseconds, cheaper
+than a trip to a thread. None of them awaits between asking the catalog and recording what the
+kernel is told; the watcher relies on it (`watch.py`). Decoding happens in threads, below `reader`.
+
+Every write is refused by the kernel before it gets here: the file system is mounted read-only.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
+
+from fragfs.errors import FragmentError, IntegrityError, NotFoundError
+from fragfs.library.extents import OpenContent
+from fragfs.library.library import FragmentLibrary
+from fragfs.library.tree import Directory, File, TreeNode
+from fragfs.mount.errors import FaultLog, answering, errno_of
+from fragfs.mount.inodes import Inode, InodeTable
+from fragfs.mount.view import Tree, join_path
+from fragfs.reader.file import FileReader
+
+__all__ = ["ENTRY_TIMEOUT_S", "MountOperations", "Ownership"]
+
+log = logging.getLogger(__name__)
+
+ENTRY_TIMEOUT_S = 3600.0
+"""How long the kernel may keep names and attributes. Contents never change and changed names are
+invalidated, so this bounds only what a lost invalidation costs."""
+
+_BLOCK_BYTES = 4096
+_STATFS_KEPT_S = 5.0
+_NAME_BYTES_MAX = 255
+
+_XATTR_SHA256 = b"user.fragfs.sha256"
+_XATTR_STORED_BYTES = b"user.fragfs.stored_bytes"
+_XATTR_MODELS = b"user.fragfs.models"
+_XATTRS = (_XATTR_SHA256, _XATTR_STORED_BYTES, _XATTR_MODELS)
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """Who everything in the mount belongs to, and who may read it.
+
+    Attributes:
+        uid: Owner.
+        gid: Group.
+        umask: Permission bits taken off 0444 (files) and 0555 (directories).
+    """
+
+    uid: int
+    gid: int
+    umask: int
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    """An open inode. All its handles share this record: the handle's number is the inode's."""
+
+    content: OpenContent
+    handle_count: int
+
+
+@dataclass(slots=True)
+class _OpenDirectory:
+    """One handle of a directory, with the entries as they were when its listing began."""
+
+    inode: Inode
+    entries: list[tuple[bytes, TreeNode]]
+
+
+class MountOperations(pyfuse3.Operations):
+    """The requests of one mount.
+
+    Args:
+        library: Contents, totals and model names.
+        tree: What of the library is shown.
+        inodes: What the kernel knows; its root is the tree's.
+        reader: Where bytes come from.
+        ownership: Who everything belongs to.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self,
+        library: FragmentLibrary,
+        tree: Tree,
+        inodes: InodeTable,
+        reader: FileReader,
+        ownership: Ownership,
+    ) -> None:
+        super().__init__()
+        self._library = library
+        self._tree = tree
+        self._inodes = inodes
+        self._reader = reader
+        self._ownership = ownership
+        self.faults = FaultLog()
+        self._open_files: dict[int, _OpenFile] = {}
+        self._open_directories: dict[int, _OpenDirectory] = {}
+        self._directory_handle_next = 1
+        self._statfs: tuple[float, StatvfsData] | None = None
+
+    def open_paths(self) -> list[bytes]:
+        """Paths of the files that are open now."""
+        inodes = (self._inodes.get(number) for number in self._open_files)
+        return sorted(inode.path for inode in inodes if inode is not None)
+
+    # --- names and attributes
+
+    @answering
+    async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Find a name; a missing one is never cached, so that it may appear at any time."""
+        directory = self._directory(parent)
+        node = self._tree.lookup(join_path(directory.path, name))
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        return self._attributes(self._inodes.remember(directory, name, node))
+
+    async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
+        """Take back lookups. Answers nobody, so nothing may be raised from here."""
+        for number, count in inodes:
+            self._inodes.forget(number, count)
+
+    @answering
+    async def getattr(self, number: int, ctx: RequestContext) -> EntryAttributes:
+        """Attributes; of what has been removed, those it had."""
+        inode = self._inode(number)
+        if isinstance(inode.node, Directory):
+            current = self._tree.lookup(inode.path)
+            if isinstance(current, Directory):
+                inode.node = current
+        return self._attributes(inode)
+
+    @answering
+    async def opendir(self, number: int, ctx: RequestContext) -> int:
+        """Open a directory; its entries are read when a listing begins."""
+        directory = self._directory(number)
+        if not isinstance(self._tree.lookup(directory.path), Directory):
+            raise FUSEError(errno.ESTALE)
+        handle = self._directory_handle_next
+        self._directory_handle_next += 1
+        self._open_directories[handle] = _OpenDirectory(directory, [])
+        return handle
+
+    @answering
+    async def readdir(self, handle: int, start: int, token: pyfuse3.ReaddirToken) -> None:
+        """List entries from one snapshot: none twice, none skipped, whatever changes meanwhile."""
+        opened = self._open_directories[handle]
+        if start == 0:
+            opened.entries = self._tree.list_directory(opened.inode.path) or []
+        for index in range(start, len(opened.entries)):
+            name, node = opened.entries[index]
+            # Recorded first, taken back if the reply is full: the kernel counts only what it got.
+            inode = self._inodes.remember(opened.inode, name, node)
+            if not pyfuse3.readdir_reply(token, name, self._attributes(inode), index + 1):
+                self._inodes.forget(inode.number, 1)
+                return
+
+    @answering
+    async def releasedir(self, handle: int) -> None:
+        """Close a directory."""
+        del self._open_directories[handle]
+
+    # --- contents
+
+    @answering
+    async def open(self, number: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a file for reading; its extents are loaded once for all its handles.
+
+        A content that is gone is answered with ESTALE: the kernel then looks the name up again,
+        and the caller gets what is there now, or ENOENT.
+        """
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise FUSEError(errno.EROFS)
+        opened = self._open_files.get(number)
+        if opened is None:
+            try:
+                content = self._library.open_content(number)
+            except NotFoundError as error:
+                raise FUSEError(errno.ESTALE) from error
+            opened = self._open_files[number] = _OpenFile(content, 0)
+        opened.handle_count += 1
+        return FileInfo(fh=number, keep_cache=True, direct_io=False)
+
+    @answering
+    async def read(  # type: ignore[override]  # pyfuse3 sends any contiguous buffer
+        self, handle: int, offset: int, size: int
+    ) -> memoryview | bytearray:
+        """Exactly the bytes asked for, up to the end: the kernel fills a short reply with zeros."""
+        content = self._open_files[handle].content
+        try:
+            data = await self._reader.read(content, offset, size)
+            wanted = min(size, max(0, content.size - offset))
+            if len(data) != wanted:
+                raise IntegrityError(
+                    f"a read of {wanted} bytes at {offset} got {len(data)}",
+                    expected=wanted,
+                    actual=len(data),
+                )
+        except FragmentError as error:
+            self._report(error, content)
+            raise FUSEError(errno_of(error)) from error
+        return data
+
+    @answering
+    async def release(self, handle: int) -> None:
+        """Close one handle of a file."""
+        opened = self._open_files[handle]
+        opened.handle_count -= 1
+        if not opened.handle_count:
+            del self._open_files[handle]
+
+    # --- the rest
+
+    @answering
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Size and free space of the file system that holds the library; how many files."""
+        now = time.monotonic()
+        if self._statfs is None or now - self._statfs[0] > _STATFS_KEPT_S:
+            self._statfs = (now, self._read_statfs())
+        return self._statfs[1]
+
+    @answering
+    async def getxattr(self, number: int, name: bytes, ctx: RequestContext) -> bytes:
+        """`user.fragfs.*` of files; every other name is one that is not there."""
+        node = self._inode(number).node
+        if name not in _XATTRS or not isinstance(node, File):
+            raise FUSEError(pyfuse3.ENOATTR)
+        if name == _XATTR_MODELS:
+            return b"\n".join(self._library.models_of_content(node.content))
+        opened = self._open_files.get(number)
+        content = opened.content if opened else self._library.open_content(number)
+        if name == _XATTR_SHA256:
+            return content.sha256.hex().encode()
+        return b"%d" % content.stored_bytes
+
+    @answering
+    async def listxattr(self, number: int, ctx: RequestContext) -> Sequence[bytes]:
+        """The extended attributes of files."""
+        return _XATTRS if isinstance(self._inode(number).node, File) else ()
+
+    # --- helpers
+
+    def _inode(self, number: int) -> Inode:
+        inode = self._inodes.get(number)
+        if inode is None:
+            raise FUSEError(errno.ESTALE)
+        return inode
+
+    def _directory(self, number: int) -> Inode:
+        inode = self._inode(number)
+        if not isinstance(inode.node, Directory):
+            raise FUSEError(errno.ENOTDIR)
+        return inode
+
+    def _attributes(self, inode: Inode) -> EntryAttributes:
+        node = inode.node
+        attributes = EntryAttributes()
+        attributes.st_ino = inode.number
+        attributes.entry_timeout = ENTRY_TIMEOUT_S
+        attributes.attr_timeout = ENTRY_TIMEOUT_S
+        if isinstance(node, File):
+            attributes.st_mode = stat.S_IFREG | (0o444 & ~self._ownership.umask)
+            attributes.st_nlink = 1
+            attributes.st_size = node.size
+            # At least the size: cp takes a file with fewer blocks for one with holes.
+            attributes.st_blocks = -(-node.size // 512)
+        else:
+            attributes.st_mode = stat.S_IFDIR | (0o555 & ~self._ownership.umask)
+            attributes.st_nlink = 2
+            attributes.st_size = _BLOCK_BYTES
+            attributes.st_blocks = _BLOCK_BYTES // 512
+        attributes.st_blksize = _BLOCK_BYTES
+        attributes.st_uid = self._ownership.uid
+        attributes.st_gid = self._ownership.gid
+        attributes.st_atime_ns = node.mtime_ns
+        attributes.st_mtime_ns = node.mtime_ns
+        attributes.st_ctime_ns = node.mtime_ns
+        return attributes
+
+    def _read_statfs(self) -> StatvfsData:
+        below = os.statvfs(self._library.path)
+        data = StatvfsData()
+        data.f_bsize = below.f_bsize
+        data.f_frsize = below.f_frsize
+        data.f_blocks = below.f_blocks
+        data.f_bfree = below.f_bfree
+        data.f_bavail = below.f_bavail
+        data.f_files = sum(model.file_count for model in self._library.models())
+        data.f_ffree = 0
+        data.f_favail = 0
+        data.f_namemax = _NAME_BYTES_MAX
+        return data
+
+    def _report(self, error: FragmentError, content: OpenContent) -> None:
+        inode = self._inodes.get(content.number)
+        path = inode.path if inode is not None else b"content %d" % content.number
+        self.faults.report(
+            error,
+            path.decode(errors="backslashreplace"),
+            lambda: self._library.models_of_content(content.number),
+        )

