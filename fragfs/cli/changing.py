@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fragfs.cli.names import files_below, parse_target
+from fragfs.cli.names import find_target
 from fragfs.cli.options import Session, example, json_option, pass_session, shared_options
 from fragfs.cli.tables import format_bytes, format_count
 from fragfs.cli.terminal import emit_json, json_name, say, show_name
@@ -69,23 +69,15 @@ def rm_command(session: Session, targets: tuple[str, ...], as_json: bool) -> Non
 def _plan_removal(
     library: FragmentLibrary, arguments: Sequence[str]
 ) -> dict[bytes, tuple[bytes, ...]]:
-    """What to remove: files by model, in the order of the arguments; none means the whole model."""
-    models = {info.name for info in library.models()}
-    plan: dict[bytes, dict[bytes, None]] = {}
-    whole: set[bytes] = set()
+    """What to remove: files or directories by model; none of them means the whole model."""
+    plan: dict[bytes, list[bytes]] = {}
+    whole = set()
     for argument in arguments:
-        target = parse_target(argument, models)
-        if target is None:
-            # Not there: the library's own error suggests names that are near.
-            library.model(os.fsencode(argument).rstrip(b"/"))
-            continue
-        chosen = plan.setdefault(target.model, {})
-        if target.path:
-            paths = [file.path for file in library.files(target.model)]
-            chosen.update(dict.fromkeys(files_below(target, paths)))
-        else:
+        target = find_target(library, argument)
+        plan.setdefault(target.model, []).append(target.path)
+        if not target.path:
             whole.add(target.model)
-    return {model: () if model in whole else tuple(chosen) for model, chosen in plan.items()}
+    return {model: () if model in whole else tuple(paths) for model, paths in plan.items()}
 
 
 @click.command(

@@ -21,7 +21,7 @@ from fragfs.cli.terminal import emit_json, json_name, remark, say, show_name
 from fragfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from fragfs.library.verify import VerifiedFile
+    from fragfs.library.readback import VerifiedFile
 
 __all__ = ["export_command", "verify_command"]
 

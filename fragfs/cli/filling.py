@@ -11,7 +11,6 @@ import click
 from fragfs.cli.options import Session, example, json_option, pass_session, shared_options
 from fragfs.cli.tables import format_bytes, format_count, format_share, list_savings
 from fragfs.cli.terminal import emit_json, json_name, remark, say, show_name
-from fragfs.errors import UsageError
 from fragfs.types import LibraryConfig
 
 if TYPE_CHECKING:
@@ -118,9 +117,9 @@ def add_command(
 ) -> None:
     """Add directories or files to the library as models.
 
-    Each directory becomes a model of its own name; files become one model, named by --name. What
-    the library holds already is not stored again. An interrupted add leaves no half model, and
-    what it had stored is found again by the next one.
+    Each directory becomes a model of its own name, or of the one --name gives it; a single file
+    needs --name or --into. What the library holds already is not stored again. An interrupted add
+    leaves no half model, and what it had stored is found again by the next one.
     """
     from fragfs.library.add import AddOptions
 
@@ -148,18 +147,11 @@ def add_command(
 
 
 def _split_models(paths: tuple[Path, ...], options: AddOptions) -> list[list[Path]]:
-    """The paths of each add: every directory on its own, so that each model gets a report."""
-    if options.name is not None and options.into is not None:
-        raise UsageError("--name and --into exclude each other", remedy="give one of them")
+    """The paths of each add: one by one where each is a model, so that each gets its report."""
     # Made absolute by text alone: '.' must have a name, and links must stay links.
     absolute = [Path(os.path.abspath(path)) for path in paths]
-    if options.into is not None or not all(path.is_dir() for path in absolute):
+    if options.into is not None or options.name is not None:
         return [absolute]
-    if options.name is not None and len(absolute) > 1:
-        raise UsageError(
-            "--name names one model, but several directories were given",
-            remedy="add them one by one, or into one model with --into",
-        )
     return [[path] for path in absolute]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from fragfs.cli.names import Target, files_below, parse_target
+from fragfs.cli.names import find_target, is_below
 from fragfs.cli.options import Session, example, json_option, pass_session, shared_options
 from fragfs.cli.tables import (
     format_bytes,
@@ -43,22 +43,16 @@ def ls_command(session: Session, model: str | None, is_long: bool, as_json: bool
     """
     with session.open_library() as library:
         models = library.models()
-        target = parse_target(model, {info.name for info in models}) if model else None
-        if target is not None:
-            files = _files_at(target, library.files(target.model))
-            _show_files(target.model, files, is_long, as_json)
-            return
-        if model:
-            folder = os.fsencode(model).rstrip(b"/") + b"/"
-            inside = [info for info in models if info.name.startswith(folder)]
-            # The library's own error suggests names that are near.
-            models = inside or [library.model(folder[:-1])]
+        if model is not None:
+            folder = os.fsencode(model).rstrip(b"/")
+            inside = [info for info in models if is_below(info.name, folder)]
+            if not inside or inside[0].name == folder:
+                target = find_target(library, model)
+                files = [f for f in library.files(target.model) if is_below(f.path, target.path)]
+                _show_files(target.model, files, is_long, as_json)
+                return
+            models = inside
         _show_models(str(library.path), models, is_long, as_json)
-
-
-def _files_at(target: Target, files: Sequence[FileEntry]) -> list[FileEntry]:
-    wanted = set(files_below(target, [file.path for file in files]))
-    return [file for file in files if file.path in wanted]
 
 
 def _show_models(library: str, models: Sequence[ModelInfo], is_long: bool, as_json: bool) -> None:

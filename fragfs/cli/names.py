@@ -1,14 +1,18 @@
-"""`MODEL[/FILE]` arguments. Pure."""
+"""`MODEL[/FILE]` arguments."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fragfs.errors import NotFoundError, UsageError
 
-__all__ = ["Target", "files_below", "parse_target"]
+if TYPE_CHECKING:
+    from fragfs.library.library import FragmentLibrary
+
+__all__ = ["Target", "find_target", "is_below", "parse_target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +52,27 @@ def parse_target(argument: str, models: Collection[bytes]) -> Target | None:
     return None
 
 
-def files_below(target: Target, paths: Iterable[bytes]) -> list[bytes]:
-    """The files that a target stands for.
-
-    Args:
-        target: The target.
-        paths: All files of its model.
-
-    Returns:
-        The file itself, or every file of the directory; all files for a whole model.
+def find_target(library: FragmentLibrary, argument: str) -> Target:
+    """Find what an argument names in a library.
 
     Raises:
-        NotFoundError: The model has no such file or directory.
+        UsageError: The argument names nothing.
+        NotFoundError: The library has no such model, or the model no such file or directory.
     """
-    inside = target.path + b"/" if target.path else b""
-    found = [path for path in paths if path == target.path or path.startswith(inside)]
-    if not found and target.path:
+    target = parse_target(argument, {info.name for info in library.models()})
+    if target is None:
+        # The library's own error suggests names that are near.
+        return Target(library.model(os.fsencode(argument).rstrip(b"/")).name, b"")
+    if target.path and library.lookup(target.model + b"/" + target.path) is None:
         model, path = os.fsdecode(target.model), os.fsdecode(target.path)
         raise NotFoundError(
-            f"model {model!r} has no file {path!r}",
-            remedy=f"see 'fragfs ls {model}' for its files",
+            f"model {model} has no file {path}",
+            remedy=f"see its files with: fragfs ls {model}",
             path=path,
         )
-    return found
+    return target
+
+
+def is_below(path: bytes, directory: bytes) -> bool:
+    """True if `path` is `directory` or lies in it; everything lies in b""."""
+    return not directory or path == directory or path.startswith(directory + b"/")

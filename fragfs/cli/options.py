@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fragfs.cli.environment import LIBRARY_VARIABLE, default_library
-from fragfs.errors import NotFoundError
 
 if TYPE_CHECKING:
     from fragfs.library.library import FragmentLibrary
@@ -59,22 +58,10 @@ class Session:
         return (self.library or default_library()).absolute()
 
     def open_library(self) -> FragmentLibrary:
-        """Open the library.
-
-        Raises:
-            NotFoundError: There is none; the remedy says how to create it.
-        """
+        """Open the library; raises NotFoundError, with the remedy, if there is none."""
         from fragfs.library.library import FragmentLibrary
 
-        path = self.library_path
-        if not path.exists():
-            raise NotFoundError(
-                f"there is no library at {path}",
-                remedy=f"create one with 'fragfs init {path}', or name another with --library"
-                f" or {LIBRARY_VARIABLE}",
-                path=str(path),
-            )
-        return FragmentLibrary.open(path)
+        return FragmentLibrary.open(self.library_path)
 
 
 pass_session = click.make_pass_decorator(Session)

@@ -12,7 +12,7 @@ import click
 from fragfs.cli.environment import default_log_file
 from fragfs.cli.mount_options import FstabOptions, parse_fstab_options, parse_number
 from fragfs.cli.options import Session, example, parse_size, pass_session, shared_options
-from fragfs.cli.terminal import remark, say, show_name
+from fragfs.cli.terminal import escape, remark, say, show_name
 from fragfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def start_mount(options: MountOptions, *, quiet: bool) -> None:
 )
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--lazy", is_flag=True, help="Detach now; those who still read go on.")
-@click.option("--force", is_flag=True, help="Cut off who still reads.")
+@click.option("--force", is_flag=True, help="Cut off who still reads; for root.")
 @shared_options()
 @pass_session
 def umount_command(session: Session, mountpoint: Path, lazy: bool, force: bool) -> None:
@@ -164,7 +164,13 @@ def umount_command(session: Session, mountpoint: Path, lazy: bool, force: bool) 
     Also clears a mount whose process has died ("Transport endpoint is not connected").
     """
     from fragfs.mount.unmount import unmount
+    from fragfs.mount.users import describe_users
 
-    unmount(mountpoint.absolute(), lazy=lazy, force=force)
-    if not session.quiet:
-        say(f"unmounted {show_name(os.fsencode(mountpoint))}")
+    report = unmount(mountpoint.absolute(), lazy=lazy, force=force)
+    if session.quiet:
+        return
+    where = show_name(os.fsencode(mountpoint))
+    say(f"cleared the dead mount on {where}" if report.was_dead else f"unmounted {where}")
+    if report.users:
+        fate = "were cut off" if force else "go on reading"
+        say(f"  {escape(describe_users(list(report.users)))} {fate}")

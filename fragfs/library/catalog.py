@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -165,6 +166,22 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+class _ThreadConnection:
+    """A thread's connection, closed when the thread ends or the catalog is closed."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self._process = os.getpid()
+
+    def close(self) -> None:
+        """Close it, unless this is a forked child: the connection is the parent's."""
+        if os.getpid() == self._process:
+            self.connection.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Catalog:
     """Connections to one library's catalog, and the queries that several rooms need.
 
@@ -182,7 +199,7 @@ class Catalog:
         self.path = directory / CATALOG_NAME
         self.read_only = False
         self._local = threading.local()
-        self._opened: list[sqlite3.Connection] = []
+        self._opened: weakref.WeakSet[_ThreadConnection] = weakref.WeakSet()
         self._opened_lock = threading.Lock()
         self._process = os.getpid()
         if not self.path.exists():
@@ -223,23 +240,19 @@ class Catalog:
 
     def connection(self) -> sqlite3.Connection:
         """This thread's connection, read-only and in autocommit mode."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._connect(writable=False)
-            self._local.connection = connection
+        held: _ThreadConnection | None = getattr(self._local, "held", None)
+        if held is None:
+            held = _ThreadConnection(self._connect(writable=False))
+            self._local.held = held
+            with self._opened_lock:
+                self._opened.add(held)
         elif os.getpid() != self._process:
-            raise StorageError(
-                "a library that was opened before fork() is used after it",
-                remedy="open the library again in the child process",
-            )
-        return connection
+            raise _forked()
+        return held.connection
 
     def _connect(self, *, writable: bool) -> sqlite3.Connection:
         if os.getpid() != self._process:
-            raise StorageError(
-                "a library that was opened before fork() is used after it",
-                remedy="open the library again in the child process",
-            )
+            raise _forked()
         # A snapshot is never changed in place, only replaced by rename: immutable is true of it.
         mode = "mode=ro&immutable=1" if self.read_only else "mode=rw"
         uri = f"{self.path.absolute().as_uri()}?{mode}"
@@ -254,17 +267,15 @@ class Catalog:
             except BaseException:
                 connection.close()
                 raise
-        with self._opened_lock:
-            self._opened.append(connection)
         return connection
 
     def close(self) -> None:
         """Close every thread's connection; other threads must have stopped using the catalog."""
         with self._opened_lock:
-            opened, self._opened = self._opened, []
-        if os.getpid() == self._process:
-            for connection in opened:
-                connection.close()
+            opened = list(self._opened)
+            self._opened.clear()
+        for held in opened:
+            held.close()
         self._local = threading.local()
 
     @contextmanager
@@ -283,8 +294,6 @@ class Catalog:
                     connection.execute("ROLLBACK")
                 raise
         finally:
-            with self._opened_lock:
-                self._opened.remove(connection)
             connection.close()
 
     # --- queries
@@ -350,6 +359,13 @@ class Catalog:
         """The first number of an AUTOINCREMENT table that was never used."""
         found = self.row("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
         return int(found[0]) + 1 if found else 1
+
+
+def _forked() -> StorageError:
+    return StorageError(
+        "a library that was opened before fork() is used after it",
+        remedy="open the library again in the child process",
+    )
 
 
 def _metadata(row: tuple[Any, ...]) -> FragmentMetadata:

@@ -5,15 +5,14 @@ Source: library/FORMAT.md, "Extents".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fragfs.library.extents import ExtentMap
 
 __all__ = ["Piece", "plan_read"]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of one fragment's raw bytes.
 
     Attributes:

@@ -10,7 +10,7 @@ import time
 import click
 import pytest
 
-from fragfs.cli.main import COMMANDS, cli
+from fragfs.cli.main import COMMANDS
 from fragfs.cli.main import run as run_command
 from fragfs.cli.options import example, shared_options
 from fragfs.errors import IntegrityError, UsageError
@@ -83,7 +83,7 @@ def test_the_group_lists_every_command_in_full(run):
     text = run("--help").text
     for command in COMMANDS:
         assert re.search(rf"^  {command} +[A-Z].*\.$", text, re.MULTILINE), command
-    assert not re.search(r"\.\.\.$", text, re.MULTILINE), "a summary is too long"
+    assert not re.search(r"\w\.\.\.$", text, re.MULTILINE), "a summary is too long"
 
 
 def test_examples_keep_their_lines():
@@ -126,13 +126,13 @@ def test_the_library_may_be_named_before_or_after_the_command(run, tmp_path, mon
 def test_a_missing_library_is_named_with_the_remedy(run, tmp_path, command):
     result = run("--library", tmp_path / "none", *command)
     assert result.status == 1
-    assert f"there is no library at {tmp_path}/none; create one with 'fragfs init" in result.stderr
+    assert f"no fragfs library in {tmp_path}/none; create one with: fragfs init" in result.stderr
     assert not (tmp_path / "none").exists()
 
 
 def test_without_a_name_the_library_is_in_the_data_directory(run, home):
     where = home / ".local/share/fragfs/library"
-    assert f"no library at {where};" in run("ls").stderr
+    assert f"no fragfs library in {where};" in run("ls").stderr
     assert run("init").status == 0
     assert (where / "catalog.sqlite").exists()
     assert run("ls").status == 0
@@ -152,7 +152,6 @@ def test_light_commands_load_nothing_heavy(fragfs, make_model):
         ["ls", "-l", "one"],
         ["ls", "--json", "one"],
         ["mv", "one", "two"],
-        ["rm", "two"],
         ["init", f"{fragfs.library}-2"],
         ["--help"],
     ):
@@ -176,8 +175,7 @@ def test_a_reader_that_leaves_is_no_error(fragfs):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_130(fragfs, tmp_path):
-    # Opening a fifo blocks until somebody writes: a command that is surely still running.
+def test_ctrl_c_ends_with_130(fragfs):
     slow = "import time; from fragfs.library.library import FragmentLibrary as L\n"
     slow += "L.models = lambda self: (print('ready', flush=True), time.sleep(60))\n"
     slow += "import sys; from fragfs.cli.main import main; sys.exit(main())"

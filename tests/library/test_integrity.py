@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from pathlib import Path
 
 import pytest
 
 from fragfs.errors import FormatError, IntegrityError, NotFoundError, StorageError, UsageError
 from fragfs.library.add import AddOptions
 from fragfs.library.decode import NO_SOURCE
-from fragfs.library.library import FragmentLibrary
-from fragfs.library.packs import scan_records
 from fragfs.library.files import OsFiles
-from fragfs.library.records import PACK_HEADER, RecordKind, parse_index, PACK_FOOTER
+from fragfs.library.library import FragmentLibrary
 from fragfs.library.manifests import parse_manifest
+from fragfs.library.packs import scan_records
+from fragfs.library.records import PACK_FOOTER, PACK_HEADER, RecordKind, parse_index
 from fragfs.types import LibraryConfig
 from tests.models import digests, make_model
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fragfs.errors import FormatError, FragmentError, IntegrityError
 from fragfs.library.records import (
-    PACK_HEADER,
     PACK_FOOTER,
+    PACK_HEADER,
     BatchTrailer,
     IndexEntry,
     PackHeader,

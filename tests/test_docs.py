@@ -1,0 +1,121 @@
+"""What README, CHANGELOG and `make help` say is so."""
+
+import ast
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+import fragfs
+from fragfs.cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+
+PUBLIC_NAMES = set(
+    "FragmentLibrary Fragment FragmentId FragmentMetadata FragmentType LayerMapping TensorRef"
+    " ModelManifest LibraryConfig LibraryStats LIBRARY_FORMAT_VERSION AddOptions FragmentError"
+    " FormatError IntegrityError LimitError NotFoundError StorageError UsageError".split()
+)
+
+FOREIGN_OPTIONS = {
+    # vLLM and SGLang
+    "--safetensors-load-strategy",
+    "--weight-loader-prefetch-checkpoints",
+    "--weight-loader-disable-mmap",
+}
+
+
+def command_options(name):
+    command = cli.get_command(click.Context(cli), name)
+    return {flag for parameter in command.params for flag in parameter.opts}
+
+
+def all_options():
+    group = {flag for parameter in cli.params for flag in parameter.opts} | {"--help"}
+    return group.union(*map(command_options, COMMANDS))
+
+
+def code_of(markdown):
+    """Everything in the document that is set as code: blocks, fences and spans."""
+    fences = re.findall(r"^```.*?^```", markdown, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^(?: {4}.*\n)+", markdown, re.MULTILINE)
+    spans = re.findall(r"`([^`\n]+)`", markdown)
+    return "\n".join([*fences, *blocks, *spans])
+
+
+def test_every_command_the_readme_names_exists():
+    named = set(re.findall(r"\bfragfs (?:--library \S+ )?([a-z]+)\b", code_of(README)))
+    assert named - COMMANDS.keys() == set()
+    assert COMMANDS.keys() - named == set(), "the README does not name every command"
+
+
+def test_every_option_the_readme_names_exists():
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code_of(README)))
+    assert named - all_options() - FOREIGN_OPTIONS == set()
+
+
+def test_the_table_of_commands_names_their_own_options():
+    rows = re.findall(r"^\| `fragfs ([a-z]+)[^|]*\|([^|]*)\|$", README, re.MULTILINE)
+    assert {name for name, _ in rows} == COMMANDS.keys()
+    for name, description in rows:
+        named = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", description))
+        assert named - command_options(name) == set(), name
+
+
+def test_the_json_commands_are_those_the_readme_names():
+    sentence = re.search(r"Scripts: (.*?) have `--json`", README, re.DOTALL).group(1)
+    named = set(re.findall(r"`([a-z]+)`", sentence))
+    assert named == {name for name in COMMANDS if "--json" in command_options(name)}
+
+
+def test_the_changelog_has_the_current_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert fragfs.__version__ == version
+    newest = re.search(r"^## (\S+)$", CHANGELOG, re.MULTILINE).group(1)
+    assert newest == version
+
+
+def test_the_package_has_no_other_attributes_by_magic():
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        fragfs.missing  # noqa: B018 - the access is the test
+
+
+def test_the_prelude_exports_exactly_the_public_names():
+    import fragfs.prelude as prelude
+
+    assert set(prelude.__all__) == PUBLIC_NAMES
+    for name in PUBLIC_NAMES:
+        assert getattr(prelude, name) is not None
+
+
+def test_the_python_example_compiles_and_imports_public_names():
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    imported = {
+        alias.name
+        for node in ast.walk(ast.parse(example))
+        if isinstance(node, ast.ImportFrom) and node.module == "fragfs.prelude"
+        for alias in node.names
+    }
+    assert imported
+    assert imported <= PUBLIC_NAMES
+
+
+def test_links_into_the_project_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README + CHANGELOG):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_lists_every_target_the_readme_names():
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    targets = set(re.findall(r"^ *make ([a-z-]+)", listed, re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", code_of(README)))
+    assert {"demo", "test", "check", "help"} <= named <= targets
