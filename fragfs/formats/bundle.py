@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from fragfs.formats.layout import Span
-from fragfs.types import Dtype, SpanKind
+from fragfs.types import SpanKind
 
 __all__ = ["SMALL_TENSOR_SIZE", "bundle_small"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from fragfs.formats.layout import Span
 from fragfs.types import Dtype, SpanKind
@@ -12,14 +13,20 @@ from fragfs.types import Dtype, SpanKind
 __all__ = ["TypedRange", "tensor_spans"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class TypedRange:
-    """Bytes [offset, end) that a file says hold elements of a dtype; not empty."""
+class TypedRange(NamedTuple):
+    """Bytes [offset, end), not empty, that a file says hold elements of a dtype.
+
+    No cut splits `unit` bytes, counted from `offset`.
+    """
 
     offset: int
     end: int
-    code: int
+    dtype: Dtype
     unit: int
+
+
+_Reading = tuple[Dtype, int, int]
+"""Dtype, unit, and where units start modulo the unit."""
 
 
 def tensor_spans(ranges: Iterable[TypedRange]) -> Iterator[Span]:
@@ -30,7 +37,7 @@ def tensor_spans(ranges: Iterable[TypedRange]) -> Iterator[Span]:
     """
     cluster: list[TypedRange] = []
     cluster_end = 0
-    for item in sorted(set(ranges)):
+    for item in sorted(set(ranges), key=lambda item: (item.offset, item.end)):
         if cluster and item.offset >= cluster_end:
             yield from _cluster_spans(cluster)
             cluster = []
@@ -41,35 +48,28 @@ def tensor_spans(ranges: Iterable[TypedRange]) -> Iterator[Span]:
 
 
 def _cluster_spans(cluster: list[TypedRange]) -> Iterator[Span]:
+    """Spans of ranges that overlap without a break."""
     if len(cluster) == 1:
         item = cluster[0]
-        yield _span(item.offset, item.end, item.code, item.unit)
+        yield _span(item.offset, item.end, [(item.dtype, item.unit, item.offset % item.unit)])
         return
-    changes: dict[int, Counter[tuple[int, int, int]]] = {}
+    changes: dict[int, Counter[_Reading]] = {}
     for item in cluster:
-        reading = (item.code, item.unit, item.offset % item.unit)
+        reading = (item.dtype, item.unit, item.offset % item.unit)
         changes.setdefault(item.offset, Counter())[reading] += 1
         changes.setdefault(item.end, Counter())[reading] -= 1
-    active: Counter[tuple[int, int, int]] = Counter()
-    boundaries = sorted(changes)
-    for start, end in zip(boundaries, boundaries[1:], strict=False):
+    active: Counter[_Reading] = Counter()
+    for start, end in pairwise(sorted(changes)):
         for reading, change in changes[start].items():
             active[reading] += change
             if not active[reading]:
                 del active[reading]
-        yield _shared_span(start, end, list(active))
+        yield _span(start, end, list(active))
 
 
-def _shared_span(start: int, end: int, readings: list[tuple[int, int, int]]) -> Span:
+def _span(start: int, end: int, readings: list[_Reading]) -> Span:
     if len(readings) == 1:
-        code, unit, phase = readings[0]
+        dtype, unit, phase = readings[0]
         if start % unit == phase and (end - start) % unit == 0:
-            return _span(start, end, code, unit)
+            return Span(start, end - start, SpanKind.TENSOR, dtype, unit)
     return Span(start, end - start, SpanKind.TENSOR)
-
-
-def _span(start: int, end: int, code: int, unit: int) -> Span:
-    dtype = Dtype.of_code(code)
-    if dtype is None or (end - start) % unit:
-        return Span(start, end - start, SpanKind.TENSOR)
-    return Span(start, end - start, SpanKind.TENSOR, dtype, unit)

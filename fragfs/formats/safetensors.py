@@ -14,9 +14,11 @@ from fragfs.formats.layout import (
     Span,
     TensorLabel,
     cover,
+    element_unit,
     opaque_layout,
 )
 from fragfs.formats.ranges import TypedRange, tensor_spans
+from fragfs.formats.refusals import TRUNCATED_REMEDY, promise_broken
 from fragfs.formats.safetensors_header import (
     Entry,
     Header,
@@ -24,14 +26,12 @@ from fragfs.formats.safetensors_header import (
     parse_header,
     shown,
 )
-from fragfs.types import Dtype, SpanKind
+from fragfs.types import SpanKind
 
 __all__ = ["HEADER_SIZE_MAX", "parse_safetensors"]
 
 HEADER_SIZE_MAX = 100_000_000
 """Limit of the format: longer headers are rejected by every reader and not parsed here."""
-
-TRUNCATED_REMEDY = "download it again, or add it with --force to store it as it is"
 
 _LENGTH_SIZE = 8
 _WINDOW_SIZE = 1024
@@ -79,15 +79,12 @@ def _header_size(size: int, read_at: ReadAt) -> int:
     start = window[_LENGTH_SIZE : _LENGTH_SIZE + header_size].lstrip(_WHITESPACE)
     if header_size + _LENGTH_SIZE > size:
         if start.startswith(b"{"):
-            raise _TruncatedHeaderError(_promise(_LENGTH_SIZE + header_size, size))
+            raise _TruncatedHeaderError(promise_broken(_LENGTH_SIZE + header_size, size))
         raise HeaderError("its header would be longer than the file")
-    if not start.startswith(b"{") and (start or header_size < _WINDOW_SIZE):
+    all_seen = header_size <= len(window) - _LENGTH_SIZE
+    if not start.startswith(b"{") and (start or all_seen):
         raise HeaderError("its header is not a JSON object")
     return header_size
-
-
-def _promise(promised: int, size: int) -> str:
-    return f"truncated: the header promises {promised} bytes, the file has {size}"
 
 
 def _cut_short(size: int, promise: str) -> Layout:
@@ -102,7 +99,7 @@ def _cut_short(size: int, promise: str) -> Layout:
 def _layout(header: Header, data_start: int, size: int) -> Layout:
     data_size = size - data_start
     promised = max((entry.end for entry in header.entries if not entry.problem), default=0)
-    refusal = _promise(data_start + promised, size) if promised > data_size else None
+    refusal = promise_broken(data_start + promised, size) if promised > data_size else None
     problem = header.problem or refusal or _rejection(header.entries, data_size)
     if problem:
         verdict = f"safe_open rejects it: {problem}"
@@ -155,13 +152,12 @@ def _labels(entries: list[Entry], data_start: int, data_size: int) -> list[Tenso
 def _spans(entries: list[Entry], data_start: int, size: int) -> list[Span]:
     ranges = []
     for entry in entries:
-        dtype, unit = entry.element
-        begin, end = data_start + entry.begin, data_start + entry.end
-        if end > size:
-            if dtype is Dtype.BYTES:
-                continue
-            end = begin + (size - begin) // unit * unit
+        if entry.problem and entry.end > size - data_start:
+            continue
+        unit = element_unit(entry.dtype)
+        begin = data_start + entry.begin
+        end = min(data_start + entry.end, begin + (size - begin) // unit * unit)
         if begin < end:
-            ranges.append(TypedRange(begin, end, dtype.code, unit))
+            ranges.append(TypedRange(begin, end, entry.dtype, unit))
     spans = cover(list(tensor_spans(ranges)), data_start, size, SpanKind.GAP, SpanKind.TAIL)
     return [Span(0, data_start, SpanKind.HEADER), *bundle_small(spans)]

@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeGuard
 
-from fragfs.formats.layout import element_unit
 from fragfs.types import DTYPES_BY_NAME, Dtype
 
 __all__ = ["ENTRIES_MAX", "Entry", "Header", "HeaderError", "parse_header", "shown"]
@@ -45,6 +44,8 @@ class Entry:
         shape: Elements per dimension; None if that is no list of sizes.
         begin: Where its bytes start.
         end: First byte after them; may be below `begin`.
+        dtype: What the bytes are; BYTES if there is a problem.
+        problem: Why the fields contradict each other or mean nothing; "" if they are sound.
     """
 
     name: str
@@ -52,30 +53,8 @@ class Entry:
     shape: tuple[int, ...] | None
     begin: int
     end: int
-
-    @property
-    def problem(self) -> str:
-        """Why the fields contradict each other or mean nothing; "" if they are sound."""
-        dtype = _DTYPES.get(self.dtype_name)
-        if dtype is None or self.shape is None:
-            return "has an unknown dtype or no shape"
-        count = 1
-        for length in self.shape:
-            count *= length
-            if count > _USIZE_MAX:
-                return "has an overflowing shape"
-        bits = count * dtype.bits
-        if bits > _USIZE_MAX:
-            return "has an overflowing shape"
-        if bits != (self.end - self.begin) * 8:
-            return f"needs {bits / 8:.16g} bytes where its offsets give {self.end - self.begin}"
-        return ""
-
-    @property
-    def element(self) -> tuple[Dtype, int]:
-        """Its dtype and `element_unit`, or plain bytes if there is a `problem`."""
-        dtype = Dtype.BYTES if self.problem else _DTYPES[self.dtype_name]
-        return dtype, element_unit(dtype)
+    dtype: Dtype
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +90,9 @@ class _Fields:
     @property
     def well_typed(self) -> bool:
         return self.dtype_name in _DTYPES and self.shape is not None
+
+
+_CONTAINERS = (list, _Fields)
 
 
 def parse_header(raw: bytes) -> Header:
@@ -162,8 +144,35 @@ def _read_document(document: _Object, problem: str) -> Header:
         if not sound:
             problem = problem or f"the entry of tensor {shown(name)} is malformed"
         if fields is not None:
-            entries.append(Entry(name, fields.dtype_name, fields.shape, fields.begin, fields.end))
+            entries.append(_entry(name, fields))
     return Header(entries, problem, duplicate)
+
+
+def _entry(name: str, fields: _Fields) -> Entry:
+    dtype = _DTYPES.get(fields.dtype_name, Dtype.BYTES)
+    problem = _contradiction(dtype, fields)
+    if problem:
+        dtype = Dtype.BYTES
+    return Entry(name, fields.dtype_name, fields.shape, fields.begin, fields.end, dtype, problem)
+
+
+def _contradiction(dtype: Dtype, fields: _Fields) -> str:
+    if dtype is Dtype.BYTES:
+        return "has an unknown dtype"
+    if fields.shape is None:
+        return "has no shape"
+    count = 1
+    for length in fields.shape:
+        count *= length
+        if count > _USIZE_MAX:
+            break
+    bits = count * dtype.bits
+    if bits > _USIZE_MAX:
+        return "has an overflowing shape"
+    size = fields.end - fields.begin
+    if bits != size * 8:
+        return f"has {size} bytes where its dtype and shape need {bits / 8:.16g}"
+    return ""
 
 
 def _is_string_map(value: object) -> bool:

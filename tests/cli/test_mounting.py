@@ -39,10 +39,12 @@ def mountpoint(tmp_path):
 
 
 @pytest.fixture
-def helper(capfd):
+def helper(capfdbinary):
     def call(*arguments):
+        capfdbinary.readouterr()
         status = mount_helper.main([os.fspath(argument) for argument in arguments])
-        return status, capfd.readouterr()
+        out, err = capfdbinary.readouterr()
+        return status, out.decode(), err.decode()
 
     return call
 
@@ -74,18 +76,18 @@ def test_umount_of_what_is_not_mounted(run, tmp_path):
 
 
 def test_the_helper_checks_its_arguments(helper, tmp_path):
-    status, shown = helper(tmp_path)
+    status, _, err = helper(tmp_path)
     assert status == 2
-    assert shown.err.startswith("mount.fuse.fragfs: Missing argument 'MOUNTPOINT'")
-    status, shown = helper(tmp_path, tmp_path, "-sfn", "-o", "rw,frobnicate")
+    assert err.startswith("mount.fuse.fragfs: Missing argument 'MOUNTPOINT'")
+    status, _, err = helper(tmp_path, tmp_path, "-sfn", "-o", "rw,frobnicate")
     assert status == 2
-    assert "unknown mount option 'frobnicate'" in shown.err
+    assert "unknown mount option 'frobnicate'" in err
 
 
 def test_a_dry_run_of_the_helper_mounts_nothing(helper, tmp_path):
     options = "rw,noauto,allow_other,x-systemd.automount"
-    status, shown = helper("/srv/m", tmp_path, "-f", "-v", "-t", "fuse.fragfs", "-o", options)
-    assert (status, shown.out, shown.err) == (0, "", "")
+    status, out, err = helper("/srv/m", tmp_path, "-f", "-v", "-t", "fuse.fragfs", "-o", options)
+    assert (status, out, err) == (0, "", "")
 
 
 @pytest.mark.skipif(Path("/dev/log").exists(), reason="there is a system log here")
@@ -145,9 +147,9 @@ def test_mount_options_reach_the_mount(fragfs, make_model, mountpoint):
 @mounts
 def test_the_helper_mounts(fragfs, make_model, mountpoint, helper):
     fragfs("add", make_model("one"))
-    status, shown = helper(fragfs.library, mountpoint, "-v", "-o", "rw,noauto,nofail,umask=022")
-    assert status == 0, shown.err
-    assert shown.out.startswith(f"mounted on {mountpoint}")
+    status, out, err = helper(fragfs.library, mountpoint, "-v", "-o", "rw,noauto,nofail,umask=022")
+    assert status == 0, err
+    assert out.startswith(f"mounted on {mountpoint}")
     assert os.listdir(mountpoint) == ["one"]
     assert fragfs("umount", mountpoint).status == 0
 

@@ -56,6 +56,7 @@ def test_killing_an_add_at_fifty_random_moments(tmp_path):
     assert process.stdout.readline() == "done\n"
     duration_s = time.monotonic() - started
     process.wait()
+    process.stdout.close()
     random_moments = random.Random(7)
     whole = killed = reused = 0
     for attempt in range(50):

@@ -12,10 +12,10 @@ TIMEOUT_S = 60
 """How long a child may take before the test fails instead of hanging."""
 
 
-def run_reader(program, *arguments, timeout=TIMEOUT_S, check=True, prelude=""):
+def run_reader(program, *arguments, timeout=TIMEOUT_S, check=True):
     """Run Python code in a child process, so that a mount that hangs cannot hang the tests."""
     return subprocess.run(
-        [sys.executable, "-c", prelude + program, *map(os.fspath, map(str_or_path, arguments))],
+        [sys.executable, "-c", program, *map(argument, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -23,16 +23,16 @@ def run_reader(program, *arguments, timeout=TIMEOUT_S, check=True, prelude=""):
     )
 
 
-def str_or_path(value):
+def argument(value):
     return value if isinstance(value, (str, bytes, os.PathLike)) else str(value)
 
 
 class Reader:
-    """A child that prints "ready", then waits for a line on its standard input before it goes on."""
+    """A child that says it is ready, then waits for a line on standard input to go on."""
 
     def __init__(self, program, *arguments):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", READER_PRELUDE + program, *map(str_or_path, arguments)],
+            [sys.executable, "-c", READER_PRELUDE + program, *map(argument, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """Byte identity through every way a loader reads (H1 to H10, H25, H27)."""
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -208,9 +209,11 @@ def test_h10_holes_are_not_reported(model):
         size = os.fstat(file.fileno()).st_size
         assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 0
         assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == size
-        with pytest.raises(OSError, match="not supported|Inappropriate|Invalid|cross-device"):
-            with open("/dev/null", "wb") as target:
-                fcntl.ioctl(target.fileno(), 0x40049409, file.fileno())  # FICLONE
+        # FICLONE onto another file system; cp then falls back to reading.
+        with open(os.devnull, "wb") as target:
+            with pytest.raises(OSError, match=r"\[Errno") as caught:
+                fcntl.ioctl(target.fileno(), 0x40049409, file.fileno())
+        assert caught.value.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
 
 
 def test_h25_pages_survive_a_reopen(mounts, library_path, source):
