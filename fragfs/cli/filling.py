@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["add_command", "init_command"]
 
 _DEFAULTS = LibraryConfig()
+_LISTED_MAX = 20
 
 
 @click.command(
@@ -176,12 +178,16 @@ def _print_report(report: AddReport) -> None:
         say(f"  removed   {format_count(report.removed_count, 'file')} gone from the source")
     if report.removed_source_count:
         say(f"  deleted   {format_count(report.removed_source_count, 'source file')}")
-    for path, why in report.skipped:
-        say(f"  skipped   {show_name(path)}: {why}")
-    for path, text in report.verdicts:
-        say(f"  note      {show_name(path)}: {text}")
-    for text in report.healed:
-        say(f"  healed    {text}")
+    _print_some("skipped", [f"{show_name(path)}: {why}" for path, why in report.skipped])
+    _print_some("note", [f"{show_name(path)}: {text}" for path, text in report.verdicts])
+    _print_some("healed", report.healed)
+
+
+def _print_some(label: str, texts: Sequence[str]) -> None:
+    for text in texts[:_LISTED_MAX]:
+        say(f"  {label:<9} {text}")
+    if len(texts) > _LISTED_MAX:
+        say(f"  {label:<9} and {len(texts) - _LISTED_MAX:,} more; --json lists them all")
 
 
 def _report_as_json(report: AddReport) -> dict[str, object]:

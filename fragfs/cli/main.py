@@ -129,7 +129,8 @@ def _explain(error: Exception, program: str) -> tuple[str, int]:
         case FragmentError():
             return str(error), EXIT_FAILED
         case OSError(strerror=str(reason)):
-            where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+            known = isinstance(error.filename, (str, bytes))  # else a descriptor, or nothing
+            where = f"{os.fsdecode(error.filename)}: " if known else ""
             return f"{where}{reason}", EXIT_FAILED
     name = type(error).__name__
     return (

@@ -20,7 +20,7 @@ from fragfs.types import Dtype
 
 __all__ = ["BLOCK_BYTES", "Bytes", "Layout", "Scratch", "Value", "Words"]
 
-BLOCK_BYTES = 1 << 17
+BLOCK_BYTES = 1 << 18
 """Raw bytes that one block of all planes together makes: what a decoder works on at a time.
 
 Small enough that planes, scratch and result stay in a core's own cache (1 MiB here).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 from fragfs.formats.bundle import bundle_small
@@ -32,7 +33,7 @@ _VERSIONS = (2, 3)
 _HEADER_SIZE_MAX = 1 << 28
 _WINDOW_SIZE_MIN, _WINDOW_SIZE_MAX = 1 << 16, 1 << 22
 _STRING_SIZE_MAX = 1 << 26
-_ITEMS_MAX = 8_000_000  # strings, arrays and pairs that parsing may step over
+_ITEMS_MAX = 4_000_000  # strings, arrays and pairs that parsing may step over
 _TENSORS_MAX = 2_000_000
 _DIMENSIONS_MAX = 8
 _NESTING_MAX = 8
@@ -272,7 +273,7 @@ def _parse_tensor(cursor: _Cursor) -> _Tensor:
 
 def _layout(header: _Header, size: int) -> Layout:
     placed = _place(header, size)
-    promised = max((item.end for item in placed), default=0)
+    promised = max((item.end for item in placed if item.end > item.offset), default=0)
     refusal = promise_broken(promised, size) if promised > size else None
     labels = tuple(
         TensorLabel(
@@ -299,7 +300,7 @@ def _layout(header: _Header, size: int) -> Layout:
 def _place(header: _Header, size: int) -> list[_Placed]:
     """Absolute ranges; a tensor of unknown type reaches to the next one, or to the end."""
     starts = sorted({tensor.offset for tensor in header.tensors})
-    following = dict(zip(starts, starts[1:], strict=False))
+    following = dict(pairwise(starts))
     placed = []
     for tensor in header.tensors:
         known = tensor.known_type
@@ -309,7 +310,7 @@ def _place(header: _Header, size: int) -> list[_Placed]:
         elif tensor.offset in following:
             end = header.data_start + following[tensor.offset]
         else:
-            end = max(offset, size)
+            end = max(offset + 1, size)  # it has bytes, so past the end it is missing some
         placed.append(_Placed(tensor, known, offset, end))
     return placed
 

@@ -92,9 +92,6 @@ class _Fields:
         return self.dtype_name in _DTYPES and self.shape is not None
 
 
-_CONTAINERS = (list, _Fields)
-
-
 def parse_header(raw: bytes) -> Header:
     """Read the N bytes of JSON.
 
@@ -251,14 +248,21 @@ _DECODER = json.JSONDecoder(
 def _nesting(document: _Object) -> int:
     """Containers inside each other, the document included."""
     deepest = 0
-    pending: list[tuple[object, int]] = [(document, 1)]
+    pending: list[tuple[Any, int]] = [(document, 1)]
     while pending:
         value, depth = pending.pop()
-        deepest = max(deepest, depth + 1 if isinstance(value, _Fields) else depth)
-        items = (item for _, item in value) if isinstance(value, _Object) else value
-        if isinstance(value, list):
-            pending.extend((item, depth + 1) for item in items if isinstance(item, list | _Fields))
+        if isinstance(value, _Fields):
+            depth += 1
+        elif isinstance(value, _Object):
+            pending.extend((item, depth + 1) for _, item in value if _is_container(item))
+        else:
+            pending.extend((item, depth + 1) for item in value if _is_container(item))
+        deepest = max(deepest, depth)
     return deepest
+
+
+def _is_container(value: object) -> bool:
+    return isinstance(value, list | _Fields)
 
 
 def _has_lone_surrogate(text: str) -> bool:

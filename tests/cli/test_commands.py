@@ -158,6 +158,14 @@ def test_what_is_left_out_is_listed(fragfs, make_model):
     (directory / ".git" / "config").write_text("x")
     result = fragfs("add", directory)
     assert any(line.startswith("  skipped   .git") for line in result.lines)
+    for number in range(30):
+        (directory / f"{number}.lock").write_text("")
+    result = fragfs("add", directory, "--name", "many")
+    skipped = [line for line in result.lines if line.startswith("  skipped ")]
+    assert len(skipped) == 21
+    assert skipped[-1] == "  skipped   and 11 more; --json lists them all"
+    report = fragfs("add", directory, "--name", "more", "--json").json["added"][0]
+    assert len(report["skipped"]) == 31
 
 
 def test_add_needs_a_library_that_exists(run, make_model, tmp_path):
