@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -119,3 +120,20 @@ def test_make_help_lists_every_target_the_readme_names():
     targets = set(re.findall(r"^ *make ([a-z-]+)", listed, re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", code_of(README)))
     assert {"demo", "test", "check", "help"} <= named <= targets
+
+
+def test_the_makefile_runs_programs_that_exist():
+    named = set(re.findall(r"\b(tools/\w+\.\w+)", (ROOT / "Makefile").read_text()))
+    assert "tools/demo.py" in named
+    assert {program for program in named if not (ROOT / program).exists()} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.mount
+def test_the_demo_keeps_its_promise():
+    done = subprocess.run(
+        [sys.executable, "tools/demo.py", "--synthetic"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("tensors equal, SHA-256 of 2 files equal") == 5
+    assert done.stdout.endswith("Every tensor and every byte came back identical.\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from pathlib import Path
@@ -33,7 +34,9 @@ _GRACE_S = 30.0
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("-o", "option_list", multiple=True, metavar="OPTS", help="Options as in fstab.")
-@click.option("--model", "models", multiple=True, metavar="NAME", help="Show only this model.")
+@click.option(
+    "--model", "models", multiple=True, metavar="NAME", help="Show only this model; repeatable."
+)
 @click.option("--allow-other", is_flag=True, help="Let all users read. [default: only you]")
 @click.option("--uid", metavar="N", help="Owner of all files. [default: you]")
 @click.option("--gid", metavar="N", help="Group of all files. [default: yours]")
@@ -130,8 +133,6 @@ def start_mount(options: MountOptions, *, quiet: bool) -> None:
         options: What to mount; without a log file, one is chosen if there is no system log.
         quiet: Only print warnings.
     """
-    import dataclasses
-
     from fragfs.mount.launch import mount
 
     if options.log_file is None:
@@ -141,8 +142,10 @@ def start_mount(options: MountOptions, *, quiet: bool) -> None:
         remark(f"fragfs: warning: {text}")
     if not quiet:
         where = os.fsencode(report.mountpoint)
-        command = shlex.quote(show_name(where))
-        say(f"mounted on {show_name(where)}; 'fragfs umount {command}' ends it")
+        say(
+            f"mounted on {show_name(where)};"
+            f" end it with: fragfs umount {shlex.quote(show_name(where))}"
+        )
 
 
 @click.command(

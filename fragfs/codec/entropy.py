@@ -1,113 +1,155 @@
-"""Entropy coding of byte planes, block by block, with zstd as the coder of every method.
+"""Entropy coding of one run of bytes: three ways to compress, one way back.
 
-A plane is stored verbatim, as one byte if it is constant, or as one zstd frame per block. The
-encoder tunes zstd to be a plain Huffman coder, or lets it find matches; decoders see no
-difference. Objects of zstandard serve one call at a time, so a `Coder` belongs to one thread.
+Every compressed form is a single zstd frame that states its content size, so a decoder needs no
+method number and never allocates more than the size it already expects.
 
-Source: library/FORMAT.md, "Planes".
+zstd objects must not be used by two threads at once, so each thread keeps its own.
 """
 
 from __future__ import annotations
 
+import threading
+from typing import TypeAlias
+
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
-from fragfs.codec.planes import Bytes
 from fragfs.errors import FormatError
 
-__all__ = ["SHRINKS", "Coder", "sample_of"]
+__all__ = ["Bytes", "compress_bytes", "compress_plane", "decompress"]
 
-SHRINKS = 0.97
-"""A plane is stored verbatim unless coding it leaves less than this share of it: below three
-per cent, decoding costs more time than reading the bytes saved."""
+Bytes: TypeAlias = bytes | memoryview
+"""What is stored: bytes of our own, or a view of the caller's."""
 
-_MATCH_GAIN = 0.90  # finding matches slows encoding 20-fold and decoding 2-fold: it must pay
-_MATCH_PROBE_LEVEL = 1
+_SHRINK_MIN = 0.97
+"""A plane that does not get below this share of its size stays raw: entropy decoding runs at 2 to 3
+GB/s per core, a raw plane is free, and mantissa bytes of real f32 weights sit at 0.98 to 1."""
 
-# zstd with a match finder that finds next to nothing: literals go through its Huffman coder. On
-# the exponents of bf16 weights 0.328 at 1 GB/s, where level 1 gives 0.37 at 0.2 GB/s.
-_HUFFMAN = zstandard.ZstdCompressionParameters(
-    window_log=17,
-    chain_log=6,
-    hash_log=6,
-    search_log=1,
-    min_match=7,
-    target_length=0,
-    strategy=zstandard.STRATEGY_FAST,
-    write_content_size=1,
-)
+_MATCHES_PAY = 0.9
+"""Match finding is used where it beats plain Huffman coding by this factor on the sample; on planes
+of real weights it loses to it (bf16 exponents: 0.327 Huffman, 0.361 level 1, 0.402 level 3)."""
 
+_SAMPLE_SLICE_COUNT = 4
+_SAMPLE_SLICE_BYTES = 4096
 
-def sample_of(raw: Bytes, slice_count: int, slice_size: int) -> Bytes:
-    """Slices spread evenly over `raw`, joined; `raw` itself if it is no larger than they are.
+_QUICK_LEVEL = 1
 
-    Slices start at multiples of 16 bytes, so that elements of every dtype stay whole.
-    """
-    if raw.size <= slice_count * slice_size:
-        return raw
-    step = (raw.size - slice_size) // (slice_count - 1) & -16
-    return np.concatenate([raw[i * step : i * step + slice_size] for i in range(slice_count)])
+_LEVEL_HUFFMAN = 0
+"""Key of the compressor that is tuned to do nothing but Huffman coding; levels start at 1."""
+
+_LEVELS = range(1, 20)
 
 
-class Coder:
-    """The zstd coders of one thread."""
-
-    __slots__ = ("_decompressor", "_huffman", "_levels")
+class _Coders(threading.local):
+    """The calling thread's zstd objects, made on first use."""
 
     def __init__(self) -> None:
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._huffman: zstandard.ZstdCompressor | None = None
-        self._levels: dict[int, zstandard.ZstdCompressor] = {}
+        self.decompressor = zstandard.ZstdDecompressor()
+        self.compressors: dict[int, zstandard.ZstdCompressor] = {}
 
-    def compress(self, raw: Bytes | memoryview, level: int | None) -> bytes:
-        """One zstd frame; `level` None for Huffman coding alone."""
-        if level is None:
-            if self._huffman is None:
-                self._huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN)
-            return self._huffman.compress(raw)
-        if level not in self._levels:
-            self._levels[level] = zstandard.ZstdCompressor(level=level)
-        return self._levels[level].compress(raw)
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
+        found = self.compressors.get(level)
+        if found is None:
+            found = self.compressors[level] = _new_compressor(level)
+        return found
 
-    def decompress_into(self, frame: memoryview, out: Bytes) -> None:
-        """Decode one zstd frame that must give exactly the bytes that `out` has room for.
 
-        Nothing is allocated: with the whole frame and room for all of it, zstd decodes in place.
+def _new_compressor(level: int) -> zstandard.ZstdCompressor:
+    if level != _LEVEL_HUFFMAN:
+        return zstandard.ZstdCompressor(level=level)
+    # The smallest tables and the longest minimum match: the match finder gives up at once, and
+    # each 128 KiB block becomes literals under one Huffman table. On planes of weights smaller and
+    # faster than any level: bf16 exponents 0.327 at 1.0 GB/s, level 1 0.361 at 0.36 GB/s.
+    return zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(
+            window_log=17,
+            chain_log=6,
+            hash_log=6,
+            search_log=1,
+            min_match=7,
+            target_length=0,
+            strategy=zstandard.STRATEGY_FAST,
+        )
+    )
 
-        Raises:
-            FormatError: The frame is damaged, or announces or gives another size.
-        """
-        try:
-            announced = zstandard.frame_content_size(frame)
-            if announced != out.size:
-                raise FormatError(
-                    "a zstd frame announces another size than the fragment's",
-                    expected=out.size,
-                    actual=announced,
-                )
-            given = self._decompressor.stream_reader(frame).readinto(out.data)
-        except zstandard.ZstdError as error:
-            raise FormatError(f"a zstd frame is damaged: {error}") from error
-        if given != out.size:
-            raise FormatError("a zstd frame is cut short", expected=out.size, actual=given)
 
-    def compress_plane(self, plane: Bytes, block_size: int, level: int) -> list[bytes] | None:
-        """One zstd frame per block of a plane, or None where that would not pay.
+_coders = _Coders()
 
-        Args:
-            plane: The plane, at least one byte.
-            block_size: Bytes of the plane per frame.
-            level: zstd level for planes in which finding matches pays.
-        """
-        chosen: int | None = None
-        sample = sample_of(plane, 4, 1 << 12)
-        size = len(self.compress(sample, None))
-        if len(self.compress(sample, _MATCH_PROBE_LEVEL)) < size * _MATCH_GAIN:
-            chosen = level
-        elif size >= sample.size * SHRINKS and sample.size < plane.size:
-            return None
-        frames = [
-            self.compress(plane[start : start + block_size], chosen)
-            for start in range(0, plane.size, block_size)
-        ]
-        return frames if sum(map(len, frames)) < plane.size * SHRINKS else None
+
+def compress_bytes(data: memoryview, level: int) -> bytes | None:
+    """Compress bytes in which matches are likely: headers, text, files of unknown kind.
+
+    Args:
+        data: The bytes; not empty.
+        level: zstd level of the thorough attempt, 1 to 19.
+
+    Returns:
+        One zstd frame smaller than `data`, or None if there is none. Incompressible bytes cost one
+        quick pass, not one at `level`.
+    """
+    quick = _coders.compressor(_QUICK_LEVEL).compress(data)
+    huffman = _coders.compressor(_LEVEL_HUFFMAN).compress(data)
+    found = [quick, huffman]
+    if len(quick) < len(data) and level > _QUICK_LEVEL:
+        found.append(_coders.compressor(level).compress(data))
+    best = min(found, key=len)
+    return best if len(best) < len(data) else None
+
+
+def compress_plane(plane: NDArray[np.uint8], level: int) -> bytes | None:
+    """Compress one byte plane, choosing by a sample between Huffman, match finding and nothing.
+
+    Args:
+        plane: uint8, one-dimensional, contiguous, not empty.
+        level: zstd level for planes in which matches pay, 1 to 19.
+
+    Returns:
+        One zstd frame, or None if the plane should stay as it is.
+    """
+    sample = _sample(plane)
+    huffman_size = len(_coders.compressor(_LEVEL_HUFFMAN).compress(sample))
+    quick_size = len(_coders.compressor(_QUICK_LEVEL).compress(sample))
+    if min(huffman_size, quick_size) > _SHRINK_MIN * len(sample):
+        return None
+    chosen = level if quick_size < _MATCHES_PAY * huffman_size else _LEVEL_HUFFMAN
+    stored = _coders.compressor(chosen).compress(plane.data)
+    return stored if len(stored) <= _SHRINK_MIN * plane.size else None
+
+
+def estimate_matches(data: NDArray[np.uint8]) -> float:
+    """Share of its size that `data` would roughly take under match finding, from a sample."""
+    sample = _sample(data)
+    return len(_coders.compressor(_QUICK_LEVEL).compress(sample)) / len(sample)
+
+
+def decompress(stored: Bytes, size: int) -> bytes:
+    """Undo `compress_bytes` or `compress_plane`.
+
+    Args:
+        stored: One zstd frame, from disk.
+        size: Bytes it must expand to; at least 1. Nothing larger is ever allocated.
+
+    Raises:
+        FormatError: `stored` is not exactly one frame of exactly `size` bytes.
+    """
+    try:
+        declared = zstandard.frame_content_size(stored)
+        if declared != size:
+            raise FormatError(
+                "a compressed plane declares the wrong size", expected=size, actual=declared
+            )
+        return _coders.decompressor.decompress(stored, allow_extra_data=False)
+    except zstandard.ZstdError as exc:
+        raise FormatError(f"a compressed plane does not decode: {exc}") from exc
+
+
+def _sample(data: NDArray[np.uint8]) -> bytes:
+    """A few slices spread evenly over `data`, or all of it if it is short."""
+    if data.size <= _SAMPLE_SLICE_COUNT * _SAMPLE_SLICE_BYTES:
+        return data.tobytes()
+    starts = (
+        (data.size - _SAMPLE_SLICE_BYTES) * index // (_SAMPLE_SLICE_COUNT - 1)
+        for index in range(_SAMPLE_SLICE_COUNT)
+    )
+    return b"".join(data[start : start + _SAMPLE_SLICE_BYTES].tobytes() for start in starts)

@@ -1,214 +1,292 @@
-"""Byte planes: cut elements into the bytes that behave alike, and put them together again.
+"""Elements regrouped into planes of bytes, so that alike bytes stand together.
 
-A `Layout` says how an unsigned word of 1, 2, 4 or 8 bytes falls apart into as many planes, most
-significant first. Floats whose exponent does not sit on a byte edge have their two top bytes
-rearranged, so that the eight low exponent bits make one plane and what surrounds them the next.
-Everything is integer arithmetic on bit patterns, little-endian on every host.
+An element of `unit` bytes (2, 4 or 8) is cut into a *window* of 8 bits that starts `lead` bits
+below its top, the *rim* (the `lead` bits above the window and the `8 - lead` below it), and the
+bytes below those. For floats the window is put over the exponent, which is what compresses; with
+`lead` = 0 window and rim are simply the two top bytes. Planes run from the least significant bytes
+up: low planes, rim, window. Neighbouring low planes that stay raw are kept as one wider plane,
+because merging it back takes one pass over memory instead of one for each byte.
 
-Source: library/FORMAT.md, "Planes".
+Only integer arithmetic on bit patterns, little-endian on disk whatever the host.
+Format: library/FORMAT.md, "Planes".
 """
 
 from __future__ import annotations
 
+import enum
+import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fragfs.types import Dtype
+from fragfs.codec.entropy import Bytes, compress_plane, decompress
+from fragfs.errors import FormatError
 
-__all__ = ["BLOCK_BYTES", "Bytes", "Layout", "Scratch", "Value", "Words"]
+__all__ = ["LEAD_BITS_MAX", "decode_planes", "encode_planes"]
 
-BLOCK_BYTES = 1 << 18
-"""Raw bytes that one block of all planes together makes: what a decoder works on at a time.
+LEAD_BITS_MAX = 7
 
-Small enough that planes, scratch and result stay in a core's own cache (1 MiB here).
-"""
+Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
-Bytes = NDArray[np.uint8]
-Words = NDArray[Any]  # unsigned, 1 to 8 bytes, little-endian
-Value = Words | int
-"""One block of one plane or of several joined ones; an int if every word of it is the same."""
+_HEADER = struct.Struct("<BB")  # lead, plane count
+_PLANE = struct.Struct("<BI")  # method | log2(width) << 4, stored size
+
+_BLOCK_BYTES = 1 << 17
+"""Output merged at a time: output, scratch and their planes then stay in a core's L2 cache."""
+
+_UPGRADE = "upgrade fragfs"
 
 
-class Scratch:
-    """Reused memory for one thread that joins planes: fresh pages cost more than the work."""
+class _Method(enum.IntEnum):
+    """How one plane is stored. Codes are on disk."""
 
-    __slots__ = ("_buffers",)
-
-    def __init__(self) -> None:
-        self._buffers = {width: np.empty(BLOCK_BYTES, np.uint8) for width in (0, 1, 2, 4)}
-
-    def plane(self, index: int, count: int, word_size: int) -> Bytes:
-        """Room for `count` bytes of plane `index`; distinct for every plane of a layout."""
-        start = index * (BLOCK_BYTES // word_size)
-        return self._buffers[1][start : start + count]
-
-    def words(self, index: int, count: int, width: int, word_size: int) -> Words:
-        """Room for `count` joined words of `width` bytes, a part of words of `word_size`."""
-        start = index * (BLOCK_BYTES // word_size) * width
-        return self._buffers[width][start : start + count * width].view(f"<u{width}")
-
-    def spare(self, count: int) -> Words:
-        """Room for `count` words of 2 bytes, valid until the next call."""
-        return self._buffers[0][: 2 * count].view("<u2")
+    RAW = 0
+    CONSTANT = 1
+    ZSTD = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How a word is cut into byte planes.
+class _Layout:
+    """Where window and rim lie in a word of `unit` bytes."""
 
-    Attributes:
-        word_size: Bytes per word, which is also the number of planes: 1, 2, 4 or 8.
-        lead_bits: 0, or how many bits stand above the eight that are gathered. With the top
-            sixteen bits of a word made of `a` (lead_bits), `e` (8) and `b` (8 - lead_bits), the
-            first plane then holds `e` and the second `a` followed by `b`.
-    """
-
-    word_size: int
-    lead_bits: int
+    unit: int
+    lead: int
 
     @property
-    def code(self) -> int:
-        """Number of this layout in the parameters of an encoding."""
-        return self.lead_bits << 4 | self.word_size.bit_length() - 1
+    def word(self) -> np.dtype[np.unsignedinteger[Any]]:
+        return np.dtype(f"<u{self.unit}")
 
-    @classmethod
-    def of_code(cls, code: int) -> Layout | None:
-        """The layout with this number, or None if no such number is known."""
-        return _LAYOUTS.get(code)
+    @property
+    def window_shift(self) -> int:
+        return 8 * self.unit - 8 - self.lead
 
-    @classmethod
-    def of_dtype(cls, dtype: Dtype) -> Layout:
-        """The layout that suits elements of `dtype`; complex numbers are pairs of floats."""
-        bits = dtype.bits // 2 if dtype in (Dtype.C64, Dtype.C128) else dtype.bits
-        word_size = max(1, bits // 8)
-        if word_size == 1:
-            return cls(1, 0)
-        # A five-bit exponent shares its byte with sign and two mantissa bits: gathering it saves
-        # 0.05 % on real weights and costs decoding time.
-        return cls(word_size, {8: 1, 11: 4}.get(dtype.exponent_bits, 0))
+    @property
+    def low_size(self) -> int:
+        """Bytes of an element below window and rim."""
+        return self.unit - 2
 
-    def split(self, raw: Bytes) -> list[Bytes]:
-        """Cut whole words into planes.
-
-        Args:
-            raw: Words back to back; raw.size is a multiple of `word_size`.
-
-        Returns:
-            `word_size` contiguous arrays of raw.size // word_size bytes, most significant first.
-            Copies, but for words of one byte, whose plane is `raw` itself.
-        """
-        size = self.word_size
-        if size == 1:
-            return [raw]
-        pairs = raw.view("<u2").reshape(-1, size // 2)
-        planes: list[Bytes] = []
-        for column in range(size // 2 - 1, -1, -1):
-            pair = np.ascontiguousarray(pairs[:, column])
-            if self.lead_bits and not planes:
-                planes.append((pair >> (8 - self.lead_bits)).astype(np.uint8))
-                around = pair & _spread_mask(self.lead_bits)
-                planes.append((around | around >> 8).astype(np.uint8))
-            else:
-                planes.append((pair >> 8).astype(np.uint8))
-                planes.append(pair.astype(np.uint8))
-        return planes
-
-    def join(self, values: list[Value], pairs: list[Value | None], out: Words, scratch: Scratch) -> None:
-        """Put one block of planes together: the inverse of `split`.
-
-        Args:
-            values: One per plane, most significant first; out.size bytes, or an int.
-            pairs: One per two planes; where not None, their words of two bytes, used instead.
-            out: Receives the words; at most BLOCK_BYTES bytes, little-endian.
-            scratch: Memory to work in; `values` may lie in its planes.
-        """
-        size, count = self.word_size, out.size
-        width = 1
-        while width < size:
-            width *= 2
-            joined: list[Value] = []
-            for index in range(size // width):
-                into = out if width == size else scratch.words(index, count, width, size)
-                high, low = values[2 * index], values[2 * index + 1]
-                pair = pairs[index] if width == 2 else None
-                if pair is not None:
-                    joined.append(pair)
-                elif width == 2 and index == 0 and self.lead_bits:
-                    joined.append(_join_gathered(high, low, self.lead_bits, into, scratch))
-                else:
-                    joined.append(_join(high, low, into))
-            values = joined
-        if values[0] is not out:
-            out[...] = values[0]
+    @property
+    def rim_mask(self) -> int:
+        """The rim's bits in the top 16 bits of a word, `lead` of them above the window."""
+        return (0xFF00 << (8 - self.lead)) & 0xFF00 | 0xFF >> self.lead
 
 
-_LAYOUTS = {
-    layout.code: layout
-    for layout in (
-        Layout(1, 0),
-        Layout(2, 0),
-        Layout(2, 1),
-        Layout(4, 0),
-        Layout(4, 1),
-        Layout(8, 0),
-        Layout(8, 4),
+@dataclass(frozen=True, slots=True)
+class _Plane:
+    """One plane as stored: `position` and `width` are bytes of an element, from its low end."""
+
+    method: _Method
+    position: int
+    width: int
+    stored: Bytes
+
+
+def encode_planes(words_raw: memoryview, unit: int, lead: int, level: int) -> tuple[bytes, bytes]:
+    """Cut elements into planes and store each the smallest way.
+
+    Args:
+        words_raw: Little-endian elements back to back, at least one; a rest shorter than an
+            element is kept verbatim.
+        unit: Bytes per element: 2, 4 or 8.
+        lead: Bits of an element above the window, 0 to LEAD_BITS_MAX.
+        level: zstd level for planes in which matches pay.
+
+    Returns:
+        Parameters and payload. Copies; `words_raw` may be released.
+    """
+    layout = _Layout(unit, lead)
+    count = len(words_raw) // unit
+    words: Words = np.frombuffer(words_raw, layout.word, count)
+    planes = _group_raw([_encode_plane(words, layout, p, level) for p in range(unit)], words)
+    params = _HEADER.pack(lead, len(planes)) + b"".join(
+        _PLANE.pack(plane.method | (plane.width.bit_length() - 1) << 4, len(plane.stored))
+        for plane in planes
     )
-}
+    tail = words_raw[count * unit :]
+    return params, b"".join([*(plane.stored for plane in planes), tail])
 
 
-def _spread_mask(lead_bits: int) -> int:
-    """Which of a word's sixteen top bits surround the gathered eight."""
-    return (0xFF00 << (8 - lead_bits)) & 0xFF00 | (1 << (8 - lead_bits)) - 1
+def decode_planes(params: Bytes, payload: memoryview, unit: int, raw_size: int) -> memoryview:
+    """Undo `encode_planes`.
+
+    Args:
+        params: Parameters, from disk.
+        payload: Payload, from disk.
+        unit: Bytes per element: 2, 4 or 8.
+        raw_size: Bytes to return; at most FRAGMENT_BYTES_MAX.
+
+    Returns:
+        A read-only view of fresh memory.
+
+    Raises:
+        FormatError: The stored bytes break a rule of the format.
+    """
+    count, tail_size = divmod(raw_size, unit)
+    layout, planes = _parse(params, payload, unit, tail_size)
+    parts, constant = _parts(planes, layout, count)
+    raw = np.empty(raw_size, np.uint8)
+    _merge(parts, constant, raw[: count * unit].view(layout.word))
+    if tail_size:
+        raw[count * unit :] = np.frombuffer(payload, np.uint8)[-tail_size:]
+    return raw.data.toreadonly()
 
 
-def _join(high: Value, low: Value, out: Words) -> Value:
-    """Make words of two halves; gives `out`, or an int if both halves are constant."""
-    bits = out.itemsize * 4
-    if isinstance(high, int):
-        if isinstance(low, int):
-            return high << bits | low
-        np.copyto(out, low)
-        if high:
-            np.bitwise_or(out, high << bits, out=out)
-        return out
-    np.copyto(out, high)
-    if bits == 8:
-        np.multiply(out, 256, out=out)  # 1.6 times as fast as a shift of 16-bit words
-    else:
-        np.left_shift(out, bits, out=out)
-    if not isinstance(low, int) or low:
-        np.bitwise_or(out, low, out=out)
-    return out
+def _encode_plane(words: Words, layout: _Layout, position: int, level: int) -> _Plane:
+    plane = _cut(words, layout, position)
+    if plane.min() == plane.max():
+        return _Plane(_Method.CONSTANT, position, 1, plane[:1].tobytes())
+    stored = compress_plane(plane, level)
+    if stored is None:
+        return _Plane(_Method.RAW, position, 1, plane.data)
+    return _Plane(_Method.ZSTD, position, 1, stored)
 
 
-def _join_gathered(
-    gathered: Value, rest: Value, lead_bits: int, out: Words, scratch: Scratch
-) -> Value:
-    """Make words of two bytes of the gathered bits and those around them."""
-    scale = 1 << (8 - lead_bits)
-    mask = _spread_mask(lead_bits)
-    if isinstance(rest, int):
-        around = rest * 0x101 & mask
-        if isinstance(gathered, int):
-            return gathered * scale | around
-        np.copyto(out, gathered)
-        np.multiply(out, scale, out=out)
-        np.bitwise_or(out, around, out=out)
-        return out
-    if lead_bits == 1:  # widening with the sign puts the lead bit in place: one pass less
-        np.copyto(out.view("<i2"), rest.view(np.int8))
-    else:
-        np.copyto(out, rest)
-        np.multiply(out, 0x101, out=out)
-    np.bitwise_and(out, mask, out=out)
-    if isinstance(gathered, int):
-        np.bitwise_or(out, gathered * scale, out=out)
-        return out
-    spare = scratch.spare(out.size)
-    np.copyto(spare, gathered)
-    np.multiply(spare, scale, out=spare)
-    np.bitwise_or(out, spare, out=out)
-    return out
+def _cut(words: Words, layout: _Layout, position: int) -> NDArray[np.uint8]:
+    """The byte plane at `position`; a contiguous copy."""
+    one = layout.word.type
+    if position == layout.unit - 1:
+        return (words >> one(layout.window_shift)).astype(np.uint8)
+    if position < layout.low_size:
+        return (words >> one(8 * position)).astype(np.uint8)
+    top = (words >> one(8 * layout.low_size)).astype("<u2")
+    np.bitwise_and(top, np.uint16(layout.rim_mask), out=top)
+    # The rim's two parts never meet: one ends where the other begins.
+    plane: NDArray[np.uint8] = (top | top >> np.uint16(8)).astype(np.uint8)
+    return plane
+
+
+def _group_raw(planes: list[_Plane], words: Words) -> list[_Plane]:
+    """Join raw low planes into planes of 4 or 2 bytes where enough of them are neighbours."""
+    low_size = len(planes) - 2
+    grouped: list[_Plane] = []
+    position = 0
+    while position < len(planes):
+        run = 0
+        while position + run < low_size and planes[position + run].method is _Method.RAW:
+            run += 1
+        width = next((width for width in (4, 2) if width <= run), 1)
+        if width == 1:
+            grouped.append(planes[position])
+        else:
+            joined = (words >> words.dtype.type(8 * position)).astype(f"<u{width}")
+            grouped.append(_Plane(_Method.RAW, position, width, joined.tobytes()))
+        position += width
+    return grouped
+
+
+def _parse(
+    params: Bytes, payload: memoryview, unit: int, tail_size: int
+) -> tuple[_Layout, list[_Plane]]:
+    """Read the parameters and cut the payload; everything but plane contents is checked here."""
+    if len(params) < _HEADER.size:
+        raise FormatError("plane parameters end early", actual=len(params))
+    lead, plane_count = _HEADER.unpack_from(params)
+    if lead > LEAD_BITS_MAX:
+        raise FormatError("unknown plane layout", remedy=_UPGRADE, actual=lead)
+    expected_size = _HEADER.size + plane_count * _PLANE.size
+    if len(params) != expected_size:
+        raise FormatError(
+            "plane parameters have the wrong size", expected=expected_size, actual=len(params)
+        )
+    planes = []
+    position = offset = 0
+    for packed, size in _PLANE.iter_unpack(params[_HEADER.size :]):
+        method, width = _parse_method(packed)
+        if width > 1 and position + width > unit - 2:
+            raise FormatError("a wide plane reaches into the top bytes", offset=position)
+        planes.append(_Plane(method, position, width, payload[offset : offset + size]))
+        position += width
+        offset += size
+    if position != unit:
+        raise FormatError("planes do not cover an element", expected=unit, actual=position)
+    if offset + tail_size != len(payload):
+        raise FormatError(
+            "planes do not cover the payload", expected=offset + tail_size, actual=len(payload)
+        )
+    return _Layout(unit, lead), planes
+
+
+def _parse_method(packed: int) -> tuple[_Method, int]:
+    width = 1 << (packed >> 4)
+    try:
+        method = _Method(packed & 0xF)
+    except ValueError:
+        raise FormatError("unknown plane method", remedy=_UPGRADE, actual=packed) from None
+    if width > 4 or (width > 1 and method is not _Method.RAW):
+        raise FormatError("unknown plane width", remedy=_UPGRADE, actual=packed)
+    return method, width
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one plane adds to each word: `values * factor & mask`; no mask if None."""
+
+    values: Words
+    factor: np.unsignedinteger[Any]
+    mask: np.unsignedinteger[Any] | None
+
+
+def _parts(planes: list[_Plane], layout: _Layout, count: int) -> tuple[list[_Part], int]:
+    """Decode the planes; those that are constant come back folded into one word."""
+    one = layout.word.type
+    constant = 0
+    parts = []
+    for plane in planes:
+        factor, mask = 1 << 8 * plane.position, None
+        if plane.position == layout.unit - 1:
+            factor = 1 << layout.window_shift
+        elif plane.position == layout.low_size:
+            # One product puts a copy of the rim at each of its two places; the mask picks.
+            factor = 0x0101 << 8 * layout.low_size
+            mask = layout.rim_mask << 8 * layout.low_size
+        if plane.method is _Method.CONSTANT:
+            value = _constant(plane) * factor
+            constant |= value if mask is None else value & mask
+        else:
+            values = _values(plane, count)
+            parts.append(_Part(values, one(factor), None if mask is None else one(mask)))
+    return parts, constant
+
+
+def _constant(plane: _Plane) -> int:
+    if len(plane.stored) != 1:
+        raise FormatError("a constant plane is not one byte", actual=len(plane.stored))
+    return plane.stored[0]
+
+
+def _values(plane: _Plane, count: int) -> Words:
+    stored = plane.stored
+    if plane.method is _Method.ZSTD:
+        stored = decompress(stored, count)
+    elif len(stored) != count * plane.width:
+        raise FormatError(
+            "a raw plane has the wrong size", expected=count * plane.width, actual=len(stored)
+        )
+    return np.frombuffer(stored, f"<u{plane.width}")
+
+
+def _merge(parts: list[_Part], constant: int, out: Words) -> None:
+    """Write `constant | part | part ...` into `out`, a block at a time.
+
+    Widening copies and in-place arithmetic only: each pass runs at 25 to 80 GB/s in cache, where
+    writing every second or fourth byte of the output runs at 7 to 14 (EPYC, numpy 2.4).
+    """
+    if constant or not parts:
+        out.fill(constant)
+    block = _BLOCK_BYTES // out.itemsize
+    scratch = np.empty(min(block, out.size), out.dtype)
+    for start in range(0, out.size, block):
+        target = out[start : start + block]
+        fresh = not constant
+        for part in parts:
+            into = target if fresh else scratch[: target.size]
+            np.copyto(into, part.values[start : start + block])
+            if part.factor != 1:
+                np.multiply(into, part.factor, out=into)
+            if part.mask is not None:
+                np.bitwise_and(into, part.mask, out=into)
+            if not fresh:
+                np.bitwise_or(target, into, out=target)
+            fresh = False

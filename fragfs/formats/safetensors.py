@@ -14,7 +14,6 @@ from fragfs.formats.layout import (
     Span,
     TensorLabel,
     cover,
-    element_unit,
     opaque_layout,
 )
 from fragfs.formats.ranges import TypedRange, tensor_spans
@@ -154,9 +153,9 @@ def _spans(entries: list[Entry], data_start: int, size: int) -> list[Span]:
     for entry in entries:
         if entry.problem and entry.end > size - data_start:
             continue
-        unit = element_unit(entry.dtype)
-        begin = data_start + entry.begin
-        end = min(data_start + entry.end, begin + (size - begin) // unit * unit)
+        begin, end, unit = data_start + entry.begin, data_start + entry.end, entry.unit
+        if end > size:
+            end = begin + (size - begin) // unit * unit
         if begin < end:
             ranges.append(TypedRange(begin, end, entry.dtype, unit))
     spans = cover(list(tensor_spans(ranges)), data_start, size, SpanKind.GAP, SpanKind.TAIL)

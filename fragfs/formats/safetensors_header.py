@@ -12,8 +12,9 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
+from fragfs.formats.layout import element_unit
 from fragfs.types import DTYPES_BY_NAME, Dtype
 
 __all__ = ["ENTRIES_MAX", "Entry", "Header", "HeaderError", "parse_header", "shown"]
@@ -26,16 +27,30 @@ _COMMAS_MAX = 16 * ENTRIES_MAX  # a 4-D tensor needs 9; together they bound the 
 _NESTING_MAX = 127  # serde_json's recursion limit: what safe_open accepts stays within it
 _USIZE_MAX = 2**64 - 1
 _FIELDS = ("dtype", "shape", "data_offsets")
-_DTYPES = {name: dtype for name, dtype in DTYPES_BY_NAME.items() if dtype is not Dtype.C128}
+_FIELD_SET = frozenset(_FIELDS)
 _ESCAPES = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F])|.)")
+
+
+class _KnownDtype(NamedTuple):
+    """A dtype with its figures at hand: a header looks them up once per tensor."""
+
+    dtype: Dtype
+    bits: int
+    unit: int
+
+
+_DTYPES = {
+    name: _KnownDtype(dtype, dtype.bits, element_unit(dtype))
+    for name, dtype in DTYPES_BY_NAME.items()
+    if dtype is not Dtype.C128  # a dtype of other formats only
+}
 
 
 class HeaderError(Exception):
     """The header is not JSON that could name tensors; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of the header, with offsets counted from the end of the header.
 
     Attributes:
@@ -45,6 +60,7 @@ class Entry:
         begin: Where its bytes start.
         end: First byte after them; may be below `begin`.
         dtype: What the bytes are; BYTES if there is a problem.
+        unit: Bytes that no cut splits.
         problem: Why the fields contradict each other or mean nothing; "" if they are sound.
     """
 
@@ -54,6 +70,7 @@ class Entry:
     begin: int
     end: int
     dtype: Dtype
+    unit: int
     problem: str
 
 
@@ -78,8 +95,7 @@ class _Object(list[tuple[str, Any]]):
     __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Fields:
+class _Fields(NamedTuple):
     """The fields of one tensor, before it has a name. As JSON it is two containers deep."""
 
     dtype_name: str
@@ -146,15 +162,14 @@ def _read_document(document: _Object, problem: str) -> Header:
 
 
 def _entry(name: str, fields: _Fields) -> Entry:
-    dtype = _DTYPES.get(fields.dtype_name, Dtype.BYTES)
-    problem = _contradiction(dtype, fields)
-    if problem:
-        dtype = Dtype.BYTES
-    return Entry(name, fields.dtype_name, fields.shape, fields.begin, fields.end, dtype, problem)
+    known = _DTYPES.get(fields.dtype_name)
+    problem = _contradiction(known, fields)
+    dtype, unit = (Dtype.BYTES, 1) if known is None or problem else (known.dtype, known.unit)
+    return Entry(name, *fields, dtype, unit, problem)
 
 
-def _contradiction(dtype: Dtype, fields: _Fields) -> str:
-    if dtype is Dtype.BYTES:
+def _contradiction(known: _KnownDtype | None, fields: _Fields) -> str:
+    if known is None:
         return "has an unknown dtype"
     if fields.shape is None:
         return "has no shape"
@@ -163,7 +178,7 @@ def _contradiction(dtype: Dtype, fields: _Fields) -> str:
         count *= length
         if count > _USIZE_MAX:
             break
-    bits = count * dtype.bits
+    bits = count * known.bits
     if bits > _USIZE_MAX:
         return "has an overflowing shape"
     size = fields.end - fields.begin
@@ -203,17 +218,20 @@ def _fields(dtype: object, shape: object, offsets: object) -> _Fields | None:
 
 
 def _is_sizes(value: object) -> TypeGuard[list[int]]:
-    return type(value) is list and all(
-        type(item) is int and 0 <= item <= _USIZE_MAX for item in value
-    )
+    if type(value) is not list:
+        return False
+    for item in value:  # a loop: this runs twice per tensor, and all() takes thrice the time
+        if type(item) is not int or not 0 <= item <= _USIZE_MAX:
+            return False
+    return True
 
 
 def _read_object(pairs: list[tuple[str, Any]]) -> _Object | _Fields:
     """Shrink the usual tensor entry at once: a header has up to a million of them."""
     if len(pairs) == 3:
         by_name = dict(pairs)
-        if all(name in by_name for name in _FIELDS):
-            fields = _fields(*(by_name[name] for name in _FIELDS))
+        if by_name.keys() == _FIELD_SET:
+            fields = _fields(by_name["dtype"], by_name["shape"], by_name["data_offsets"])
             if fields is not None:
                 return fields
     return _Object(pairs)
@@ -262,7 +280,7 @@ def _nesting(document: _Object) -> int:
 
 
 def _is_container(value: object) -> bool:
-    return isinstance(value, list | _Fields)
+    return isinstance(value, (list, _Fields))
 
 
 def _has_lone_surrogate(text: str) -> bool:

@@ -410,15 +410,15 @@ def _enter_folders(connection: sqlite3.Connection, name: bytes, now_ns: int) -> 
 def _leave_folders(connection: sqlite3.Connection, name: bytes, now_ns: int) -> None:
     """Remove the folders above a name that are empty now; the nearest other one has changed."""
     for folder in parents(name):
-        used = (
-            folder == b""
-            or connection.execute(
-                "SELECT 1 FROM models WHERE parent = ?1 UNION ALL"
-                " SELECT 1 FROM folders WHERE parent = ?1 AND path != ?1 LIMIT 1",
-                (folder,),
-            ).fetchone()
-        )
+        used = folder == b"" or _is_used(connection, folder)
         if used:
             connection.execute("UPDATE folders SET mtime_ns = ? WHERE path = ?", (now_ns, folder))
             return
         connection.execute("DELETE FROM folders WHERE path = ?", (folder,))
+
+
+def _is_used(connection: sqlite3.Connection, folder: bytes) -> bool:
+    for table in ("models", "folders"):
+        if connection.execute(f"SELECT 1 FROM {table} WHERE parent = ?", (folder,)).fetchone():
+            return True
+    return False

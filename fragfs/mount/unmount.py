@@ -6,8 +6,10 @@ the mount itself, except a child process that asks whether it answers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from pathlib import Path
 from fragfs.errors import NotFoundError, StorageError, UsageError
 from fragfs.mount.probe import MountState, probe_mount
 from fragfs.mount.table import MountEntry, canonical_mountpoint, find_mount, read_mount_table
-from fragfs.mount.users import MountUser, describe_users, find_users
+from fragfs.mount.users import MountUser, describe_users, find_servers, find_users
 
 __all__ = ["UnmountReport", "detach", "fragfs_mounts", "is_mounted", "unmount"]
 
@@ -60,7 +62,7 @@ def unmount(
     Args:
         mountpoint: Where it is mounted.
         lazy: Detach now even if it is busy; open files stay readable until they are closed.
-        force: Cut off every reader, then detach. Needs root; others detach lazily.
+        force: Cut off every reader, then detach. For root, or the user who mounted.
         timeout_s: How long the mount may take to leave the mount table.
 
     Raises:
@@ -84,7 +86,7 @@ def unmount(
         )
     was_dead = probe_mount(place, min(timeout_s, _PROBE_S_MAX)) is MountState.DEAD
     users = tuple(find_users(entry)) if lazy or force else ()
-    if force:
+    if force and not was_dead:
         _abort(entry)
     if lazy or force or was_dead:
         detach(entry, timeout_s=timeout_s)
@@ -159,17 +161,21 @@ def _run_fusermount(mountpoint: Path, flags: tuple[str, ...], timeout_s: float) 
 
 
 def _abort(entry: MountEntry) -> None:
-    try:
+    """End the connection: through the control file system if there is one, else the daemon."""
+    with contextlib.suppress(OSError):  # not mounted in most containers; only for root elsewhere
         Path(f"/sys/fs/fuse/connections/{entry.minor}/abort").write_text("1")
-    except FileNotFoundError:
-        return  # dead already, or the control file system is not mounted: detaching has to do
-    except PermissionError as error:
+        return
+    servers = find_servers(entry)
+    if not servers:
         raise StorageError(
-            f"only root may cut off the readers of {entry.mountpoint}",
+            f"cannot cut off the readers of {entry.mountpoint}: neither its control file nor its"
+            " daemon is accessible",
             path=os.fspath(entry.mountpoint),
-            errno=error.errno,
             remedy="detach it with --lazy, or run as root",
-        ) from error
+        )
+    for pid in servers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _wait_gone(entry: MountEntry, timeout_s: float) -> None:

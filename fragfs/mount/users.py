@@ -8,6 +8,7 @@ Source: proc(5): fdinfo, maps, cwd, root, exe.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from fragfs.mount.table import MountEntry
 
-__all__ = ["MountUser", "describe_users", "find_users"]
+__all__ = ["MountUser", "describe_users", "find_servers", "find_users"]
 
 _LISTED_MAX = 10
 
@@ -48,6 +49,16 @@ def find_users(entry: MountEntry) -> list[MountUser]:
     return sorted(users, key=lambda user: user.pid)
 
 
+def find_servers(entry: MountEntry) -> list[int]:
+    """Process ids of the daemons that serve a mount, as far as this user may see; at most one.
+
+    Source: Linux 6.13 fs/fuse/dev.c, `fuse_dev_show_fdinfo`; older kernels do not tell.
+    """
+    wanted = b"fuse_connection:\t%d\n" % entry.minor
+    pids = (name for name in os.listdir("/proc") if name.isdigit())
+    return [int(pid) for pid in pids if _has_descriptor(Path("/proc", pid), wanted)]
+
+
 def describe_users(users: list[MountUser]) -> str:
     """For messages: "python3 train.py (process 12: open, mapped), bash (process 9: ...)"."""
     parts = [f"{user.command} (process {user.pid}: {', '.join(user.how)})" for user in users]
@@ -56,7 +67,7 @@ def describe_users(users: list[MountUser]) -> str:
 
 
 def _uses(process: Path, entry: MountEntry) -> Iterator[str]:
-    if _has_open_file(process, entry.mount_id):
+    if _has_descriptor(process, b"mnt_id:\t%d\n" % entry.mount_id):
         yield "open"
     if _has_mapping(process, entry.device):
         yield "mapped"
@@ -75,15 +86,13 @@ def _uses(process: Path, entry: MountEntry) -> Iterator[str]:
             yield how
 
 
-def _has_open_file(process: Path, mount_id: int) -> bool:
-    wanted = b"mnt_id:\t%d\n" % mount_id
+def _has_descriptor(process: Path, wanted: bytes) -> bool:
+    """Whether a line is in the information on any descriptor of a process."""
     try:
         for info in (process / "fdinfo").iterdir():
-            try:
+            with contextlib.suppress(OSError):  # closed in between
                 if wanted in info.read_bytes():
                     return True
-            except OSError:  # closed in between
-                continue
     except OSError:  # ended, or another user's
         pass
     return False

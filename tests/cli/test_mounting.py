@@ -107,7 +107,7 @@ def test_mount_and_umount(fragfs, make_model, mountpoint):
     fragfs("add", directory)
     result = fragfs("mount", mountpoint)
     assert result.status == 0, result.stderr
-    assert result.text == f"mounted on {mountpoint}; 'fragfs umount {mountpoint}' ends it\n"
+    assert result.text == f"mounted on {mountpoint}; end it with: fragfs umount {mountpoint}\n"
     shown = mountpoint / "one" / "model.safetensors"
     assert shown.read_bytes() == (directory / "model.safetensors").read_bytes()
     again = fragfs("mount", mountpoint)

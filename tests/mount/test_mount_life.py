@@ -1,6 +1,5 @@
 """Mounting, unmounting, signals, crashes."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from fragfs.mount.options import MountOptions
 from fragfs.mount.probe import MountState, probe_mount
 from fragfs.mount.table import find_mount
 from fragfs.mount.unmount import fragfs_mounts, unmount
-from fragfs.mount.users import find_users
+from fragfs.mount.users import find_servers, find_users
 from tests.mount.support import Reader, is_alive, wait_until
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
@@ -61,13 +60,7 @@ def test_the_daemon_stands_alone(mounts, library_path):
     """Own session, no terminal, no children, and nobody else holds the connection."""
     report = mounts(library_path)
     assert os.getsid(report.pid) != os.getsid(0)
-    holders = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            links = [os.readlink(link) for link in (process / "fd").iterdir()]
-            if "/dev/fuse" in links and report.pid == int(process.name):
-                holders.append(links.count("/dev/fuse"))
-    assert holders == [1]
+    assert find_servers(find_mount(report.mountpoint)) in ([report.pid], [])  # [] before Linux 6.13
     children = Path(f"/proc/{report.pid}/task/{report.pid}/children").read_text()
     assert children == ""
     for number in (0, 1, 2):
@@ -195,7 +188,6 @@ def test_lazy_detaches_and_readers_go_on(mounts, library_path, place):
     wait_until(lambda: not is_alive(report.pid))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may abort a connection")
 def test_force_cuts_readers_off(mounts, library_path, place):
     report = mounts(library_path, place)
     with Reader(MAPPED_READER, place / SHARD) as reader:
@@ -206,7 +198,6 @@ def test_force_cuts_readers_off(mounts, library_path, place):
         assert status == -signal.SIGBUS
         assert took < 1
     wait_until(lambda: not is_alive(report.pid))
-    assert "aborted" in mounts.read_log()
 
 
 # --- crashes

@@ -210,9 +210,11 @@ def test_h10_holes_are_not_reported(model):
         assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 0
         assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == size
         # FICLONE onto another file system; cp then falls back to reading.
-        with open(os.devnull, "wb") as target:
-            with pytest.raises(OSError, match=r"\[Errno") as caught:
-                fcntl.ioctl(target.fileno(), 0x40049409, file.fileno())
+        with (
+            open(os.devnull, "wb") as target,
+            pytest.raises(OSError, match=r"\[Errno") as caught,
+        ):
+            fcntl.ioctl(target.fileno(), 0x40049409, file.fileno())
         assert caught.value.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
 
 

@@ -1,0 +1,1 @@
+"""Measurements of fragfs beside other tools on one machine: `make bench`."""

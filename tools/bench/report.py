@@ -1,0 +1,152 @@
+"""What a run prints: the machine, and tables in Markdown with their figures for programs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["NOT_INSTALLED", "TARGETS", "Table", "Target", "describe_machine", "list_targets"]
+
+NOT_INSTALLED = "not installed"
+
+_PACKAGES = ("fragfs", "numpy", "zstandard", "pyfuse3", "safetensors", "zipnn")
+
+
+@dataclass
+class Table:
+    """One table of a report.
+
+    Attributes:
+        title: Its heading.
+        columns: Heads of the columns; the first column is text, the others are figures.
+        rows: Cells, as printed.
+        notes: What must be known to read it, one paragraph each.
+        figures: The same for programs: name to value, in bytes, seconds, bytes per second or
+            ratios.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def add(self, *cells: str) -> None:
+        """Append a row; missing cells at its end are empty."""
+        self.rows.append([*cells, *[""] * (len(self.columns) - len(cells))])
+
+    def markdown(self) -> str:
+        """The table as it goes into a README."""
+        widths = [
+            max(3, *(len(cells[index]) for cells in [self.columns, *self.rows]))
+            for index in range(len(self.columns))
+        ]
+        rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines = [f"### {self.title}", ""]
+        for cells in [self.columns, rule, *self.rows]:
+            first = cells[0].ljust(widths[0])
+            others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+            lines.append("| " + " | ".join([first, *others]) + " |")
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure is meant to be.
+
+    Attributes:
+        figure: Its name in the tables' figures.
+        text: What it is, for the report.
+        limit: The bound, in the figure's unit.
+        at_least: True if more is better.
+        scale: The figure is printed divided by this.
+        unit: What then follows it.
+    """
+
+    figure: str
+    text: str
+    limit: float
+    at_least: bool = False
+    scale: float = 1
+    unit: str = ""
+
+    def is_met(self, value: float) -> bool:
+        """Whether a measured value is within the bound."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+TARGETS = (
+    Target("storage.bf16.fragfs", "bf16 weights, records / raw", 0.670),
+    Target("storage.f32.fragfs", "f32 weights, records / raw", 0.835),
+    Target("storage.f16.fragfs", "f16 weights, records / raw", 0.85),
+    Target("codec.bf16.decode_ratio", "bf16 decode with checks / zipnn", 0.85, at_least=True),
+    Target("codec.f32.decode_ratio", "f32 decode with checks / zipnn", 0.85, at_least=True),
+    Target("codec.f16.decode_ratio", "f16 decode with checks / zipnn", 0.85, at_least=True),
+    Target("large.add_peak_bytes", "memory of a large add", 1e9, scale=1e6, unit=" MB"),
+    Target("large.daemon_anon_bytes", "RssAnon of the daemon", 300e6, scale=1e6, unit=" MB"),
+    Target("limits.scalar_bytes", "disk per scalar tensor", 100, unit=" bytes"),
+    Target("limits.open_s", "open a file of 28,000 fragments", 0.010, scale=1e-3, unit=" ms"),
+)
+
+
+def list_targets(figures: dict[str, float]) -> Table:
+    """The targets that a run has figures for."""
+    table = Table("Targets", ["figure", "target", "measured", "met"])
+    for target in TARGETS:
+        if target.figure in figures:
+            value = figures[target.figure]
+            bound = "at least" if target.at_least else "at most"
+            table.add(
+                target.text,
+                f"{bound} {target.limit / target.scale:.4g}{target.unit}",
+                f"{value / target.scale:.3f}{target.unit}",
+                "yes" if target.is_met(value) else "NO",
+            )
+    return table
+
+
+def describe_machine(place: Path) -> dict[str, str]:
+    """What the figures depend on: machine, versions, date and command."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores used",
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB",
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "file system": _file_system(place),
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _file_system(place: Path) -> str:
+    """Type of the file system that `place` is on."""
+    best, kind = Path("/"), "unknown"
+    for line in Path("/proc/mounts").read_text().splitlines():
+        point, found = line.split()[1:3]
+        mounted = Path(point.replace("\\040", " "))
+        if place.is_relative_to(mounted) and len(mounted.parts) >= len(best.parts):
+            best, kind = mounted, found
+    return kind
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_INSTALLED
