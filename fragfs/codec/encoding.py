@@ -32,9 +32,10 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 _CONSTANT_BYTES_MAX = 16
 """Largest element that can be repeated: one of complex128."""
 
-_LEAD_F64 = 4
-"""Sign and the three high exponent bits stay outside the window of a float64: the low eight
-exponent bits are the ones that vary."""
+_LEAD_BITS = {8: 1, 11: 4}
+"""Bits above the window, by width of the exponent. 8: the window is the exponent. 11: it is the low
+eight exponent bits, those that vary. 5 (f16): at 0 the window is sign, exponent and two mantissa
+bits, which stores 0.8480 where 1 stores 0.8477 and decodes with one pass less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,4 @@ def _unit_size(dtype: Dtype) -> int:
 
 def _lead_bits(dtype: Dtype) -> int:
     """Where the window of a dtype's planes lies (see `planes`)."""
-    if not dtype.exponent_bits:
-        return 0
-    return _LEAD_F64 if dtype.exponent_bits > 8 else 1
+    return _LEAD_BITS.get(dtype.exponent_bits, 0)

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 
 from fragfs.errors import FormatError
 
-__all__ = ["Bytes", "compress_bytes", "compress_plane", "decompress"]
+__all__ = [
+    "Bytes",
+    "compress_bytes",
+    "compress_plane",
+    "decompress",
+    "decompress_into",
+    "estimate_matches",
+]
 
 Bytes: TypeAlias = bytes | memoryview
 """What is stored: bytes of our own, or a view of the caller's."""
@@ -35,10 +42,12 @@ _SAMPLE_SLICE_BYTES = 4096
 
 _QUICK_LEVEL = 1
 
+_THOROUGH_BELOW = 0.98
+"""Bytes that the quick level cannot bring below this share are as good as random: level 12 would
+spend 20 ms per MiB on them."""
+
 _LEVEL_HUFFMAN = 0
 """Key of the compressor that is tuned to do nothing but Huffman coding; levels start at 1."""
-
-_LEVELS = range(1, 20)
 
 
 class _Coders(threading.local):
@@ -91,7 +100,7 @@ def compress_bytes(data: memoryview, level: int) -> bytes | None:
     quick = _coders.compressor(_QUICK_LEVEL).compress(data)
     huffman = _coders.compressor(_LEVEL_HUFFMAN).compress(data)
     found = [quick, huffman]
-    if len(quick) < len(data) and level > _QUICK_LEVEL:
+    if len(quick) < _THOROUGH_BELOW * len(data) and level > _QUICK_LEVEL:
         found.append(_coders.compressor(level).compress(data))
     best = min(found, key=len)
     return best if len(best) < len(data) else None
@@ -112,8 +121,9 @@ def compress_plane(plane: NDArray[np.uint8], level: int) -> bytes | None:
     quick_size = len(_coders.compressor(_QUICK_LEVEL).compress(sample))
     if min(huffman_size, quick_size) > _SHRINK_MIN * len(sample):
         return None
-    chosen = level if quick_size < _MATCHES_PAY * huffman_size else _LEVEL_HUFFMAN
-    stored = _coders.compressor(chosen).compress(plane.data)
+    stored = _coders.compressor(_LEVEL_HUFFMAN).compress(plane.data)
+    if quick_size < _MATCHES_PAY * huffman_size:
+        stored = min(stored, _coders.compressor(level).compress(plane.data), key=len)
     return stored if len(stored) <= _SHRINK_MIN * plane.size else None
 
 
@@ -134,14 +144,36 @@ def decompress(stored: Bytes, size: int) -> bytes:
         FormatError: `stored` is not exactly one frame of exactly `size` bytes.
     """
     try:
-        declared = zstandard.frame_content_size(stored)
-        if declared != size:
-            raise FormatError(
-                "a compressed plane declares the wrong size", expected=size, actual=declared
-            )
+        _check_declared_size(stored, size)
         return _coders.decompressor.decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as exc:
+        raise FormatError(f"compressed bytes do not decode: {exc}") from exc
+
+
+def decompress_into(stored: Bytes, into: memoryview) -> None:
+    """Undo `compress_plane` into memory of the caller's, all of it.
+
+    Raises:
+        FormatError: `stored` does not start with a frame of exactly `len(into)` bytes. What `into`
+            holds is then undefined.
+    """
+    try:
+        _check_declared_size(stored, len(into))
+        with _coders.decompressor.stream_reader(stored) as reader:
+            found = reader.readinto(into)
+            # Reading on makes zstd look for the end of the frame: there must be nothing more.
+            found += len(reader.read(1))
+    except zstandard.ZstdError as exc:
         raise FormatError(f"a compressed plane does not decode: {exc}") from exc
+    if found != len(into):
+        raise FormatError("a compressed plane ends early", expected=len(into), actual=found)
+
+
+def _check_declared_size(stored: Bytes, size: int) -> None:
+    """Refuse a frame before it can ask for memory."""
+    declared = zstandard.frame_content_size(stored)
+    if declared != size:
+        raise FormatError("a zstd frame declares the wrong size", expected=size, actual=declared)
 
 
 def _sample(data: NDArray[np.uint8]) -> bytes:

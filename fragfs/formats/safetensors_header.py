@@ -22,10 +22,13 @@ __all__ = ["ENTRIES_MAX", "Entry", "Header", "HeaderError", "parse_header", "sho
 ENTRIES_MAX = 2_000_000
 """A header with more tensors than this is not read as one."""
 
-_BRACKETS_MAX = 4 * ENTRIES_MAX  # a tensor needs 3
-_COMMAS_MAX = 16 * ENTRIES_MAX  # a 4-D tensor needs 9; together they bound the objects created
+_BRACKETS_MAX = 4 * ENTRIES_MAX
+_COMMAS_MAX = 6 * ENTRIES_MAX
+# They bound what parsing may allocate. A 4-D tensor needs 3 brackets, 9 commas and some 90
+# bytes, and a header has at most 100 MB, so no real header comes near.
 _NESTING_MAX = 127  # serde_json's recursion limit: what safe_open accepts stays within it
 _USIZE_MAX = 2**64 - 1
+_ONLY_INT = frozenset({int})
 _FIELDS = ("dtype", "shape", "data_offsets")
 _FIELD_SET = frozenset(_FIELDS)
 _ESCAPES = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F])|.)")
@@ -218,12 +221,9 @@ def _fields(dtype: object, shape: object, offsets: object) -> _Fields | None:
 
 
 def _is_sizes(value: object) -> TypeGuard[list[int]]:
-    if type(value) is not list:
+    if type(value) is not list or not _ONLY_INT.issuperset(map(type, value)):  # bool is no size
         return False
-    for item in value:  # a loop: this runs twice per tensor, and all() takes thrice the time
-        if type(item) is not int or not 0 <= item <= _USIZE_MAX:
-            return False
-    return True
+    return not value or (min(value) >= 0 and max(value) <= _USIZE_MAX)
 
 
 def _read_object(pairs: list[tuple[str, Any]]) -> _Object | _Fields:

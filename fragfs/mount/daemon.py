@@ -48,6 +48,10 @@ _REQUESTS_MIN, _REQUESTS_MAX = 8, 512
 """Tasks that take requests. Each mapped page fault occupies one while its fragment is decoded, so
 there are more of them than threads a loader uses: a cached page must not wait for a decode."""
 
+_WORKERS_MAX = 16
+"""Decodes at once unless the user says otherwise: each holds some 10 MiB, and more than this many
+spend their time waiting for the interpreter lock."""
+
 _STOP_WATCHING_S = 2.0
 _LAST_RESORT_S = 5.0
 
@@ -141,7 +145,7 @@ class _Daemon:
             self._library.decode_fragment,
             MemoryFragmentCache(options.cache_bytes_max),
             decoders,
-            workers=options.workers or max(2, os.cpu_count() or 1),
+            workers=options.workers or min(max(2, os.cpu_count() or 1), _WORKERS_MAX),
         )
         ownership = Ownership(
             os.getuid() if options.uid is None else options.uid,

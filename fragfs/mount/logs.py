@@ -42,7 +42,7 @@ def logging_to(options: MountOptions, *, foreground: bool) -> Iterator[None]:
 
 
 def _make_handler(options: MountOptions, *, foreground: bool) -> logging.Handler:
-    handler: logging.Handler
+    handler: logging.Handler | None
     if options.log_file is not None:
         try:
             # Watched, so that log rotation works without telling the daemon.
@@ -55,14 +55,20 @@ def _make_handler(options: MountOptions, *, foreground: bool) -> logging.Handler
                 remedy="name another with --log-file",
             ) from error
         form = "%(asctime)s %(levelname)s %(process)d: %(message)s"
-    elif not foreground and os.path.exists(_SYSLOG_SOCKET):
-        handler = logging.handlers.SysLogHandler(_SYSLOG_SOCKET)
+    elif not foreground and (handler := _connect_syslog()) is not None:
         form = "fragfs[%(process)d]: %(message)s"
     else:
         handler = logging.StreamHandler(sys.stderr)
         form = "fragfs: %(levelname)s: %(message)s"
     handler.setFormatter(logging.Formatter(form))
     return handler
+
+
+def _connect_syslog() -> logging.Handler | None:
+    try:
+        return logging.handlers.SysLogHandler(_SYSLOG_SOCKET)
+    except OSError:  # no such socket, or nobody listens: most containers
+        return None
 
 
 def _is_worth_logging(record: logging.LogRecord) -> bool:

@@ -24,6 +24,7 @@ from fragfs.errors import FragmentError, IntegrityError, NotFoundError
 from fragfs.library.extents import OpenContent
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.tree import Directory, File, TreeNode
+from fragfs.mount.contents import OpenContents
 from fragfs.mount.errors import FaultLog, answering, errno_of
 from fragfs.mount.inodes import Inode, InodeTable
 from fragfs.mount.view import Tree, join_path
@@ -63,14 +64,6 @@ class Ownership:
 
 
 @dataclass(slots=True)
-class _OpenFile:
-    """An open inode. All its handles share this record: the handle's number is the inode's."""
-
-    content: OpenContent
-    handle_count: int
-
-
-@dataclass(slots=True)
 class _OpenDirectory:
     """One handle of a directory, with the entries as they were when its listing began."""
 
@@ -106,14 +99,15 @@ class MountOperations(pyfuse3.Operations):
         self._reader = reader
         self._ownership = ownership
         self.faults = FaultLog()
-        self._open_files: dict[int, _OpenFile] = {}
+        # A file's handle is its inode: all handles of a content are the same to every request.
+        self._contents = OpenContents(library.open_content, library.data_version)
         self._open_directories: dict[int, _OpenDirectory] = {}
         self._directory_handle_next = 1
         self._statfs: tuple[float, StatvfsData] | None = None
 
     def open_paths(self) -> list[bytes]:
         """Paths of the files that are open now."""
-        inodes = (self._inodes.get(number) for number in self._open_files)
+        inodes = (self._inodes.get(number) for number in self._contents)
         return sorted(inode.path for inode in inodes if inode is not None)
 
     # --- names and attributes
@@ -176,21 +170,17 @@ class MountOperations(pyfuse3.Operations):
 
     @answering
     async def open(self, number: int, flags: int, ctx: RequestContext) -> FileInfo:
-        """Open a file for reading; its extents are loaded once for all its handles.
+        """Open a file for reading.
 
         A content that is gone is answered with ESTALE: the kernel then looks the name up again,
         and the caller gets what is there now, or ENOENT.
         """
         if flags & (os.O_WRONLY | os.O_RDWR):
             raise FUSEError(errno.EROFS)
-        opened = self._open_files.get(number)
-        if opened is None:
-            try:
-                content = self._library.open_content(number)
-            except NotFoundError as error:
-                raise FUSEError(errno.ESTALE) from error
-            opened = self._open_files[number] = _OpenFile(content, 0)
-        opened.handle_count += 1
+        try:
+            self._contents.open(number)
+        except NotFoundError as error:
+            raise FUSEError(errno.ESTALE) from error
         return FileInfo(fh=number, keep_cache=True, direct_io=False)
 
     @answering
@@ -198,7 +188,7 @@ class MountOperations(pyfuse3.Operations):
         self, handle: int, offset: int, size: int
     ) -> memoryview | bytearray:
         """Exactly the bytes asked for, up to the end: the kernel fills a short reply with zeros."""
-        content = self._open_files[handle].content
+        content = self._contents[handle]
         try:
             data = await self._reader.read(content, offset, size)
             wanted = min(size, max(0, content.size - offset))
@@ -216,10 +206,7 @@ class MountOperations(pyfuse3.Operations):
     @answering
     async def release(self, handle: int) -> None:
         """Close one handle of a file."""
-        opened = self._open_files[handle]
-        opened.handle_count -= 1
-        if not opened.handle_count:
-            del self._open_files[handle]
+        self._contents.close(handle)
 
     # --- the rest
 
@@ -239,8 +226,7 @@ class MountOperations(pyfuse3.Operations):
             raise FUSEError(pyfuse3.ENOATTR)
         if name == _XATTR_MODELS:
             return b"\n".join(self._library.models_of_content(node.content))
-        opened = self._open_files.get(number)
-        content = opened.content if opened else self._library.open_content(number)
+        content = self._contents.find(number)
         if name == _XATTR_SHA256:
             return content.sha256.hex().encode()
         return b"%d" % content.stored_bytes

@@ -33,7 +33,7 @@ class MountOptions:
         log_file: Where the daemon logs; None is syslog when daemonized, stderr in the foreground.
         verbose: Log more.
         grace_s: How long open files may be read on after a termination signal.
-        workers: Fragments decoded at once; None is one per core, at least 2.
+        workers: Fragments decoded at once; None is one per core, from 2 to 16.
     """
 
     library: Path

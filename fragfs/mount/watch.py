@@ -126,9 +126,10 @@ class CatalogWatcher:
             try:
                 self.look()
                 failed = False
-            except FragmentError as error:
+            except Exception as error:  # a mount that shows an old state beats one that is gone
                 if not failed:
-                    log.error("changes of the library are not seen for now: %s", error)
+                    bug = None if isinstance(error, FragmentError) else error
+                    log.error("changes of the library stay unseen: %s", error, exc_info=bug)
                 failed = True
             stop.wait(self._interval_s)
 

@@ -73,11 +73,11 @@ def fragfs(run, tmp_path):
 def make_model(tmp_path):
     """Writes a model of two files; `seed` decides its weights."""
 
-    def make(name, seed=1, elements=5000):
+    def make(name, seed=1):
         directory = tmp_path / "sources" / name
         directory.mkdir(parents=True)
         rng = np.random.default_rng(seed)
-        weights = {"layer.weight": rng.standard_normal(elements, dtype=np.float32) * 0.02}
+        weights = {"layer.weight": rng.standard_normal(50_000, dtype=np.float32) * 0.02}
         save_file(weights, directory / "model.safetensors")
         (directory / "config.json").write_text(f'{{"seed": {seed}}}')
         return directory

@@ -6,6 +6,7 @@ import fcntl
 import os
 import stat
 import struct
+import subprocess
 
 import pytest
 
@@ -71,6 +72,16 @@ def read_directory_in_small_steps(path):
     os.close(descriptor)
     assert got == 0
     return [name for name in names if name not in (".", "..")]
+
+
+def test_h11_find_sees_everything(model, source):
+    """It takes link counts and entry types for granted, and misses files if they are wrong."""
+    for command in ("find . -type f | sort", "find . -type d | sort", "find . -size +1000k | sort"):
+        told = [
+            subprocess.run(command, shell=True, cwd=where, capture_output=True, check=True).stdout
+            for where in (model, source)
+        ]
+        assert told[0] == told[1] != b""
 
 
 def test_h12_a_listing_can_be_rewound(model):

@@ -90,20 +90,15 @@ async def test_opening_for_writing_is_refused(operations, flags):
     assert await errno_from(operations.open(file.st_ino, flags, None)) == errno.EROFS
 
 
-async def test_extents_are_loaded_once_for_all_handles(operations, library):
+async def test_handles_of_one_file_are_closed_one_by_one(operations):
     file = await walk(operations, b"org", b"m", b"f")
-    loads, real = [], library.open_content
-    library.open_content = lambda number: loads.append(number) or real(number)
     first = await operations.open(file.st_ino, os.O_RDONLY, None)
     second = await operations.open(file.st_ino, os.O_RDONLY, None)
-    assert len(loads) == 1
     await operations.release(first.fh)
     assert bytes(await operations.read(second.fh, 0, 4)) == DATA[:4]
+    assert operations.open_paths() == [b"org/m/f"]
     await operations.release(second.fh)
     assert operations.open_paths() == []
-    await operations.open(file.st_ino, os.O_RDONLY, None)
-    assert len(loads) == 2
-    assert operations.open_paths() == [b"org/m/f"]
 
 
 async def test_h04_an_open_file_survives_the_removal_of_its_model(operations, library):

@@ -1,6 +1,9 @@
+import ast
 import errno
 import threading
+from pathlib import Path
 
+import fragfs.mount.watch
 from fragfs.errors import StorageError
 from fragfs.library.tree import Directory
 from fragfs.mount.inodes import ROOT_INODE, InodeTable
@@ -161,4 +164,38 @@ def test_a_catalog_that_fails_for_a_while_is_logged_once_and_caught_up_with(capl
     thread.join(5)
     assert not thread.is_alive()
     assert (mounted.numbers[b"org/m"], b"a") in mounted.kernel.forgotten
-    assert caplog.text.count("are not seen for now") == 1
+    assert caplog.text.count("stay unseen") == 1
+
+
+def test_h26_only_the_watching_thread_invalidates():
+    """The two calls that may wait for requests are named once, outside every handler."""
+    package = Path(fragfs.mount.watch.__file__).parent
+    callers = {}
+    for path in package.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith(("invalidate_", "notify_")):
+                callers.setdefault(path.name, []).append(node.attr)
+    assert callers == {"daemon.py": ["invalidate_entry", "invalidate_inode"]}
+    assert "forget_name" not in (package / "operations.py").read_text()
+
+
+def test_h26_a_look_holds_no_lock_of_the_event_loop_while_it_invalidates():
+    """While the kernel makes the watcher wait, lookups and new copies go on."""
+    mounted = Mounted()
+    watcher = mounted.watcher()
+    entered, released = threading.Event(), threading.Event()
+
+    def forget_name(*_):
+        entered.set()
+        assert released.wait(5)
+
+    mounted.kernel.forget_name = forget_name
+    mounted.library.remove(b"org/m/a")
+    thread = threading.Thread(target=watcher.look)
+    thread.start()
+    assert entered.wait(5)
+    mounted.look_up(mounted.table.get(ROOT_INODE))
+    assert mounted.table.known_directories()
+    released.set()
+    thread.join(5)
+    assert not thread.is_alive()

@@ -218,7 +218,7 @@ def make_normal_bf16(path: Path, size: int, seed: int = 2) -> Path:
     rows = [_LAYER_ROWS] * (size // (2 * _ROW * _LAYER_ROWS))
     if rest := size // (2 * _ROW) - sum(rows):
         rows.append(rest)
-    values = rng.standard_normal(_ROW * _LAYER_ROWS, np.float32) * np.float32(0.02)
+    values = rng.standard_normal(_ROW * max(rows), np.float32) * np.float32(0.02)
     upper = (values.view("<u4") >> 16).astype("<u2").view("<u8") & np.uint64(0xFF80FF80FF80FF80)
     specs: list[Spec] = [
         (f"layers.{index}.weight", "BF16", (count, _ROW), 2 * count * _ROW)

@@ -87,9 +87,16 @@ TARGETS = (
     Target("storage.bf16.fragfs", "bf16 weights, records / raw", 0.670),
     Target("storage.f32.fragfs", "f32 weights, records / raw", 0.835),
     Target("storage.f16.fragfs", "f16 weights, records / raw", 0.85),
-    Target("codec.bf16.decode_ratio", "bf16 decode with checks / zipnn", 0.85, at_least=True),
-    Target("codec.f32.decode_ratio", "f32 decode with checks / zipnn", 0.85, at_least=True),
-    Target("codec.f16.decode_ratio", "f16 decode with checks / zipnn", 0.85, at_least=True),
+    *(
+        Target(
+            f"codec.{dtype}.decode_ratio{key}",
+            f"{dtype} decode with checks / zipnn's of {pieces}",
+            0.85,
+            at_least=True,
+        )
+        for dtype in ("bf16", "f32", "f16")
+        for key, pieces in (("", "whole tensors"), ("_1m", "1 MiB pieces"))
+    ),
     Target("large.add_peak_bytes", "memory of a large add", 1e9, scale=1e6, unit=" MB"),
     Target("large.daemon_anon_bytes", "RssAnon of the daemon", 300e6, scale=1e6, unit=" MB"),
     Target("limits.scalar_bytes", "disk per scalar tensor", 100, unit=" bytes"),

@@ -19,6 +19,7 @@ from tools.bench.workplace import (
     BenchError,
     Run,
     fragfs,
+    has_fuse,
     mounted,
     new_library,
     run_child,
@@ -108,6 +109,10 @@ def _time_commands(model: Variant, setting: Setting) -> dict[str, list[Run]]:
 
 def measure_read(setting: Setting) -> list[Table]:
     """GB/s of reading a file through a mount, beside the plain file."""
+    if not has_fuse():
+        return [
+            Table("Read: this machine cannot mount (/dev/fuse or fusermount3 is missing)", [""])
+        ]
     plain = setting.transfer_model.files[0]
     library = new_library(setting.place / "read.fragfs")
     fragfs("add", plain, "--name", "model", library=library)

@@ -21,6 +21,7 @@ __all__ = [
     "BenchError",
     "Run",
     "fragfs",
+    "has_fuse",
     "mounted",
     "new_library",
     "run_child",
@@ -133,6 +134,11 @@ def _wait_gone(pid: int) -> None:
     deadline = time.monotonic() + _DAEMON_ENDS_S
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def has_fuse() -> bool:
+    """Whether this user can mount here."""
+    return os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("fusermount3") is not None
 
 
 def tree_size(directory: Path) -> int:
