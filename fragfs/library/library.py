@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from fragfs.errors import NotFoundError, UsageError
 from fragfs.library import tree
@@ -274,6 +274,26 @@ class FragmentLibrary:
             raise NotFoundError(f"content {content} is not in the library (any more)")
         number, size, mtime_ns, sha256, stored_bytes, extents = row
         return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
+
+    def open_file(self, name: str | bytes, path: str | bytes) -> BinaryIO:
+        """A file of a model as a read-only, seekable Python file, decoded while it is read.
+
+        Raises:
+            NotFoundError: No such model or file.
+        """
+        import io
+
+        from fragfs.library.stream import ContentStream
+
+        model, inside = as_name(name), as_name(path)
+        node = self.lookup(join(self.model(model).name, inside))
+        if not isinstance(node, tree.File):
+            raise NotFoundError(
+                f"{printable(model)} has no file {printable(inside)}",
+                remedy=f"see its files with: fragfs ls {printable(model)}",
+            )
+        stream = ContentStream(self.open_content(node.content), self._decode_cold)
+        return io.BufferedReader(stream, 1 << 20)
 
     def models_of_content(self, content: int) -> list[bytes]:
         """Names of the models that show a content."""

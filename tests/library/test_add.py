@@ -121,6 +121,27 @@ def test_a_siblings_tensors_are_shared_although_its_header_differs(library, tmp_
     assert report.new_bytes < 1000
 
 
+def test_a_file_is_opened_like_any_file(library, tmp_path):
+    source = make_model(tmp_path / "a")
+    add(library, source, name=b"org/a")
+    expected = (source / "model.safetensors").read_bytes()
+    with library.open_file("org/a", "model.safetensors") as stream:
+        assert stream.read() == expected
+        assert stream.read() == b""
+        for offset in (0, 1, len(expected) // 2, len(expected) - 3):
+            stream.seek(offset)
+            assert stream.read(70_000) == expected[offset : offset + 70_000]
+        assert stream.seek(-10, os.SEEK_END) == len(expected) - 10
+        assert stream.read(100) == expected[-10:]
+        stream.seek(len(expected) + 5)
+        assert stream.read(1) == b""
+    with library.open_file("org/a", "empty.txt") as stream:
+        assert stream.read() == b""
+    for path in ("nosuch", "tokenizer"):
+        with pytest.raises(NotFoundError):
+            library.open_file("org/a", path)
+
+
 # --- names
 
 

@@ -9,7 +9,7 @@ import pytest
 from blake3 import blake3
 
 import fragfs.library
-from fragfs.codec.encoding import encode
+from fragfs.codec.encoding import decode, encode
 from fragfs.library import catalog, extents, names, records
 from fragfs.types import (
     FRAGMENT_BYTES_MAX,
@@ -83,6 +83,15 @@ def test_dtype_codes():
 def test_predictor_codes():
     rows = re.findall(r"^\| (\d+) \| ([A-Z]+) \|", section("Predictors"), re.M)
     assert {int(code): name for code, name in rows} == {p.value: p.name for p in Predictor}
+
+
+def test_the_example_of_planes_decodes():
+    text = section("Planes: an example")
+    blocks = [bytes.fromhex(h) for h in re.findall(r"^    ((?:[0-9a-f]{2} ?)+)", text, re.M)]
+    raw, params, payload = blocks[0], b"".join(blocks[1:4]), b"".join(blocks[4:])
+    decoded = decode(Predictor.PLANES, Dtype.BF16, params, memoryview(payload), len(raw))
+    assert bytes(decoded) == raw
+    assert encode(raw, Dtype.BF16, zstd_level=12).params == params
 
 
 def test_span_kind_codes():

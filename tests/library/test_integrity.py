@@ -83,9 +83,11 @@ def test_a_pack_of_another_library_is_refused(filled, tmp_path):
         other.add([make_model(tmp_path / "x", seed=3)], AddOptions())
         stolen = (other.path / "packs" / "0000000001.pack").read_bytes()
     (filled.path / "packs" / "0000000001.pack").write_bytes(stolen)
-    with FragmentLibrary.open(filled.path) as again:
-        with pytest.raises(IntegrityError, match="of library"):
-            again.decode_fragment(1, NO_SOURCE)
+    with (
+        FragmentLibrary.open(filled.path) as again,
+        pytest.raises(IntegrityError, match="of library"),
+    ):
+        again.decode_fragment(1, NO_SOURCE)
 
 
 def test_full_packs_are_sealed_with_an_index_of_their_records(filled):

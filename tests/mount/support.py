@@ -1,6 +1,5 @@
 """Helpers of the tests that mount: children that read, files to compare, waiting."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -102,10 +101,12 @@ def cpu_s(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def drop_page_cache():
-    """Forget cached pages, so that the next read asks the daemon; needs root."""
-    with contextlib.suppress(PermissionError), open("/proc/sys/vm/drop_caches", "w") as control:
-        control.write("1")
+def drop_pages(directory):
+    """Forget the cached pages of every file below a directory, so that reads ask the daemon."""
+    for name in source_files(directory):
+        descriptor = os.open(os.path.join(os.fsencode(directory), name), os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def write_safetensors(path, seed, tensor_count=6, shape=(350, 512), dtype=np.float32):

@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from tests.mount.support import drop_page_cache, run_reader
+from tests.mount.support import drop_pages, run_reader
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
@@ -16,7 +16,7 @@ SHARDS = [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
 
 @pytest.mark.parametrize("shard", SHARDS)
 def test_safetensors_loads_the_same_tensors(model, source, shard):
-    drop_page_cache()
+    drop_pages(model)
     mounted, original = load_file(model / shard), load_file(source / shard)
     assert mounted.keys() == original.keys()
     for name, tensor in original.items():
@@ -66,7 +66,7 @@ with ThreadPoolExecutor(4) as pool:
     sys.exit(0 if all(pool.map(load, work)) else "differs")
 """
     for _ in range(3):
-        drop_page_cache()
+        drop_pages(report.mountpoint / "org" / "model")
         run_reader(program, report.mountpoint / "org" / "model", source)
 
 

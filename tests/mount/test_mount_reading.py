@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.mount.support import Reader, drop_page_cache, run_reader, source_files
+from tests.mount.support import Reader, drop_pages, run_reader, source_files
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
@@ -34,7 +34,7 @@ def digest(data):
 
 @pytest.fixture
 def cold(model):
-    drop_page_cache()
+    drop_pages(model)
     return model
 
 
@@ -228,7 +228,7 @@ def test_h25_pages_survive_a_reopen(mounts, library_path, source):
         """
 file = open(sys.argv[1], "rb")
 pause()
-print(hashlib.sha256(file.read(os.fstat(file.fileno()).st_size)).hexdigest())
+print(hashlib.sha256(file.read(os.fstat(file.fileno()).st_size)).hexdigest(), flush=True)
 os._exit(0)  # closing would ask the daemon
 """,
         path,
