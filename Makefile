@@ -62,7 +62,7 @@ fix: $(READY) ## format, and repair what ruff can
 	$(BIN)/ruff format $(CODE)
 
 bench: $(READY) ## measure on this machine; prints machine, date and command
-	@$(BIN)/python tools/bench.py $(ARGS)
+	@$(BIN)/python -m tools.bench $(ARGS)
 
 # Only mounts of tests and demos: those below the temporary directory or this one.
 unmount: ## detach the mounts that a killed test or demo left behind

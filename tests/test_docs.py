@@ -123,9 +123,11 @@ def test_make_help_lists_every_target_the_readme_names():
 
 
 def test_the_makefile_runs_programs_that_exist():
-    named = set(re.findall(r"\b(tools/\w+\.\w+)", (ROOT / "Makefile").read_text()))
-    assert "tools/demo.py" in named
-    assert {program for program in named if not (ROOT / program).exists()} == set()
+    makefile = (ROOT / "Makefile").read_text()
+    programs = set(re.findall(r"\b(tools/\w+\.\w+)", makefile))
+    programs |= {f"tools/{name}/__main__.py" for name in re.findall(r"-m tools\.(\w+)", makefile)}
+    assert {"tools/demo.py", "tools/bench/__main__.py"} <= programs
+    assert {program for program in programs if not (ROOT / program).exists()} == set()
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def tensor_spans(ranges: Iterable[TypedRange]) -> Iterator[Span]:
     """
     cluster: list[TypedRange] = []
     cluster_end = 0
-    for item in sorted(set(ranges), key=lambda item: (item.offset, item.end)):
+    for item in sorted(ranges, key=lambda item: (item.offset, item.end)):
         if cluster and item.offset >= cluster_end:
             yield from _cluster_spans(cluster)
             cluster = []

@@ -80,8 +80,7 @@ def _header_size(size: int, read_at: ReadAt) -> int:
         if start.startswith(b"{"):
             raise _TruncatedHeaderError(promise_broken(_LENGTH_SIZE + header_size, size))
         raise HeaderError("its header would be longer than the file")
-    all_seen = header_size <= len(window) - _LENGTH_SIZE
-    if not start.startswith(b"{") and (start or all_seen):
+    if start and not start.startswith(b"{"):
         raise HeaderError("its header is not a JSON object")
     return header_size
 

@@ -180,10 +180,8 @@ def _contradiction(known: _KnownDtype | None, fields: _Fields) -> str:
     for length in fields.shape:
         count *= length
         if count > _USIZE_MAX:
-            break
+            return "has an overflowing shape"
     bits = count * known.bits
-    if bits > _USIZE_MAX:
-        return "has an overflowing shape"
     size = fields.end - fields.begin
     if bits != size * 8:
         return f"has {size} bytes where its dtype and shape need {bits / 8:.16g}"

@@ -114,7 +114,7 @@ class _Daemon:
         self._watching_ended = trio.Event()
         self._main_scope = trio.CancelScope()
         self.exit_code = 0
-        # If a decode or the kernel never returned, neither would the orderly end after a cut-off.
+        # If a decode or the kernel never returned, neither would the orderly end.
         self.last_resort = threading.Timer(_LAST_RESORT_S, os._exit, (1,))
         self.last_resort.daemon = True
 
@@ -130,11 +130,13 @@ class _Daemon:
                 on_ready()
                 await self._serve_requests()
             finally:
+                # Whatever ended it: first nobody new gets in, and the rest has to end in time.
+                self._detach(entry)
+                self._arm_last_resort()
                 self._stop_watching.set()
                 with trio.CancelScope(shield=True):
                     await self._watching_ended.wait()
                 pyfuse3.close(unmount=False)
-                self._detach(entry)
             log.info("unmounted %s", entry.mountpoint)
             helpers.cancel_scope.cancel()
             decoders.cancel_scope.cancel()
@@ -262,13 +264,17 @@ class _Daemon:
             "cutting off %s; open: %s", describe_users(users) or "readers", ", ".join(paths)
         )
         self.exit_code = 1
-        self.last_resort.start()
+        self._arm_last_resort()
         # The watcher is stopped while requests are still served: its notifications wait for them.
         self._stop_watching.set()
         with trio.move_on_after(_STOP_WATCHING_S):
             await self._watching_ended.wait()
         pyfuse3.terminate()
         self._main_scope.cancel()
+
+    def _arm_last_resort(self) -> None:
+        if not self.last_resort.is_alive():
+            self.last_resort.start()
 
     def _detach(self, entry: MountEntry) -> None:
         if not is_mounted(entry):

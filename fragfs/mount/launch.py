@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import select
 import shutil
@@ -28,6 +29,8 @@ from fragfs.mount.table import canonical_mountpoint, find_mount
 from fragfs.mount.unmount import detach
 
 __all__ = ["MountReport", "mount", "serve"]
+
+log = logging.getLogger(__name__)
 
 _PROBE_S_MAX = 2.0
 _DEVICE = "/dev/fuse"
@@ -103,7 +106,9 @@ def serve(options: MountOptions) -> int:
     Raises:
         UsageError, FragmentError: As `mount`.
     """
-    options, _ = _prepare(options)
+    options, warnings = _prepare(options)
+    for text in warnings:
+        log.warning("%s", text)
     from fragfs.mount.daemon import run
 
     return run(options, lambda: None, foreground=True)

@@ -122,9 +122,12 @@ class MountOperations(pyfuse3.Operations):
         return self._attributes(self._inodes.remember(directory, name, node))
 
     async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
-        """Take back lookups. Answers nobody, so nothing may be raised from here."""
-        for number, count in inodes:
-            self._inodes.forget(number, count)
+        """Take back lookups. Answers nobody, so not even `FUSEError` may be raised from here."""
+        try:
+            for number, count in inodes:
+                self._inodes.forget(number, count)
+        except Exception as error:
+            self.faults.report(error, "forget")
 
     @answering
     async def getattr(self, number: int, ctx: RequestContext) -> EntryAttributes:

@@ -125,6 +125,9 @@ STRUCTURED_REJECTED = {
     "overflowing shape": safetensors_bytes({"a": entry("U8", [2**63, 2, 0], 0, 0), "b": A4}, Z4),
     "overflowing bits": safetensors_bytes({"a": entry("F64", [2**60], 0, 4)}, Z4),
     "shape beyond 64 bits": safetensors_bytes({"a": entry("F32", [2**64], 0, 4)}, Z4),
+    "zero before a length beyond 64 bits": safetensors_bytes(
+        {"a": entry("F32", [0, 2**64], 0, 0), "b": A4}, Z4
+    ),
     "offsets reversed": safetensors_bytes({"a": entry("F32", [1], 4, 0)}, Z4),
     "three offsets": safetensors_bytes({"a": entry("F32", [1], 0, 4, 4)}, Z4),
     "no offsets": safetensors_bytes({"a": {"dtype": "F32", "shape": [1]}}, Z4),
@@ -346,6 +349,17 @@ def test_overlapping_tensors_are_cut_at_all_boundaries():
         (160_000, Dtype.BYTES),
     ]
     assert len(layout.tensors) == 4
+
+
+def test_pieces_between_element_boundaries_are_plain_bytes():
+    header = {
+        "a": entry("F32", [30_000], 0, 120_000),
+        "b": entry("U8", [4], 1, 5),
+        "c": entry("U8", [4], 60_001, 60_005),
+    }
+    layout = layout_of(safetensors_bytes(header, zeros(120_000)))
+    inner = next(span for span in layout.spans if span.size == 59_996)
+    assert inner.dtype is Dtype.BYTES
 
 
 def test_many_overlaps_are_swept_once():

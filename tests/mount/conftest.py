@@ -12,7 +12,7 @@ from fragfs.mount.options import MountOptions
 from fragfs.mount.probe import MountState, probe_mount
 from fragfs.mount.table import find_mount
 from fragfs.mount.unmount import detach, fragfs_mounts
-from tests.mount.support import is_alive, wait_until, write_safetensors
+from tests.mount.support import is_alive, make_library, wait_until, write_safetensors
 
 SHARDS = 4
 
@@ -130,13 +130,3 @@ def shared(tmp_path_factory, library_path):
 def model(shared):
     """The mounted model."""
     return shared / "org" / "model"
-
-
-def make_library(path, models):
-    from fragfs.library.add import AddOptions
-    from fragfs.library.library import FragmentLibrary
-
-    with FragmentLibrary.create(path) as library:
-        for name, directory in models.items():
-            library.add([directory], AddOptions(name=name))
-    return path

@@ -7,6 +7,9 @@ import time
 
 import numpy as np
 
+from fragfs.library.add import AddOptions
+from fragfs.library.library import FragmentLibrary
+
 TIMEOUT_S = 60
 """How long a child may take before the test fails instead of hanging."""
 
@@ -127,3 +130,11 @@ def source_files(directory):
     for parent, _, names in os.walk(root):
         found += [os.path.relpath(os.path.join(parent, name), root) for name in names]
     return sorted(found)
+
+
+def make_library(path, models):
+    """A new library with directories added as models; returns its path."""
+    with FragmentLibrary.create(path) as library:
+        for name, directory in models.items():
+            library.add([directory], AddOptions(name=name))
+    return path

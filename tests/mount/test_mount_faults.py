@@ -7,8 +7,7 @@ import signal
 import pytest
 
 from fragfs.library.library import FragmentLibrary
-from tests.mount.conftest import make_library
-from tests.mount.support import Reader
+from tests.mount.support import Reader, make_library
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 

@@ -16,7 +16,7 @@ from fragfs.mount.probe import MountState, probe_mount
 from fragfs.mount.table import find_mount
 from fragfs.mount.unmount import fragfs_mounts, unmount
 from fragfs.mount.users import find_servers, find_users
-from tests.mount.support import Reader, is_alive, wait_until
+from tests.mount.support import Reader, is_alive, run_reader, wait_until
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
@@ -289,7 +289,9 @@ def test_after_the_grace_time_or_a_second_signal_readers_are_named_and_cut_off(
         assert reader.proceed()[0] == -signal.SIGBUS
 
 
-def test_serving_in_the_foreground(library_path, place):
+def test_serving_in_the_foreground(library_path, tmp_path):
+    place = tmp_path / "a place"
+    place.mkdir()
     program = (
         "import sys; from pathlib import Path\n"
         "from fragfs.mount.launch import serve\n"
@@ -310,4 +312,23 @@ def test_serving_in_the_foreground(library_path, place):
             unmount(place, lazy=True)
     assert daemon.returncode == 0
     assert "fragfs: INFO: mounted" in said
+    assert "spaces" in said
     assert find_mount(place) is None
+
+
+def test_a_daemon_that_fails_takes_its_mount_down(library_path, place):
+    """Something unforeseen after mounting: the directory is usable again, not a dead mount."""
+    program = """
+import sys
+from pathlib import Path
+from fragfs.mount.daemon import run
+from fragfs.mount.options import MountOptions
+def fail():
+    raise RuntimeError("unforeseen")
+run(MountOptions(Path(sys.argv[1]), Path(sys.argv[2])), fail, foreground=True)
+"""
+    done = run_reader(program, library_path, place, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: unforeseen" in done.stderr
+    assert find_mount(place) is None
+    assert os.listdir(place) == []

@@ -11,8 +11,7 @@ import subprocess
 import pytest
 
 from fragfs.mount.table import find_mount
-from tests.mount.conftest import make_library
-from tests.mount.support import run_reader, source_files
+from tests.mount.support import make_library, run_reader, source_files
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 

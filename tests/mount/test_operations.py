@@ -184,5 +184,14 @@ async def test_h23_statfs_is_the_library_s_file_system(operations):
     assert shown.f_files == 1
 
 
-async def test_forget_never_raises(operations):
+async def test_forget_never_raises(operations, caplog):
     await operations.forget([(1, 5), (999, 1), (1024, 1)])
+    assert caplog.records == []
+
+    class Broken:
+        def forget(self, number, count):
+            raise KeyError(number)
+
+    operations._inodes = Broken()
+    await operations.forget([(1024, 1)])
+    assert "forget failed unexpectedly" in caplog.text

@@ -126,6 +126,7 @@ def describe_machine(place: Path) -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores used",
+        "load before": f"{os.getloadavg()[0]:.1f} (other work on the machine makes figures worse)",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB",
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "file system": _file_system(place),
