@@ -156,11 +156,20 @@ TWO = zip_bytes({"data/0": weights(np.float32), "data/1": weights(np.float32)})
         patched(ONE, b"PK\1\2", 42, "<I", 99),
         patched(ONE, b"PK\1\2", 42, "<I", 2**31),
         patched(ONE, b"PK\1\2", 24, "<I", 2**31),
+        patched(ONE, b"PK\1\2", 24, "<I", 5000),
         patched(patched(ONE, b"PK\1\2", 20, "<I", 2**31), b"PK\1\2", 24, "<I", 2**31),
         patched(ONE, b"PK\1\2", 8, "<H", 1),
         patched(ONE, b"PK\3\4", 28, "<H", 2**16 - 1),
     ],
-    ids=["offset", "offset past the end", "size", "both sizes", "encrypted", "local extra"],
+    ids=[
+        "offset",
+        "offset past the end",
+        "size",
+        "sizes differ",
+        "both sizes",
+        "encrypted",
+        "local extra",
+    ],
 )
 def test_bogus_members_are_left_out(data):
     layout = layout_of(data, "m.pt")
