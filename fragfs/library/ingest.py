@@ -39,7 +39,8 @@ __all__ = ["IngestTotals", "Ingester", "PlannedFile"]
 _BATCH_S = 10.0
 """A batch is committed after this long: what a crash may cost."""
 
-_IN_FLIGHT_BYTES_MAX = 64 << 20
+_IN_FLIGHT_BYTES_PER_WORKER = 16 << 20
+"""Eight fragments of f32 read ahead for each worker: a commit's fsync leaves none of them idle."""
 _IN_FLIGHT_CUTS_MAX = 1024
 
 
@@ -128,6 +129,7 @@ class Ingester:
         self._hasher = ThreadPoolExecutor(1, "fragfs-sha256")
         self._pieces: deque[_Piece] = deque()
         self._in_flight_bytes = 0
+        self._in_flight_bytes_max = workers * _IN_FLIGHT_BYTES_PER_WORKER
         self._finished: list[tuple[PlannedFile, NewContent]] = []
         self.totals = IngestTotals()
 
@@ -210,7 +212,7 @@ class Ingester:
 
     def _make_room(self, size: int) -> None:
         while self._pieces and (
-            self._in_flight_bytes + size > _IN_FLIGHT_BYTES_MAX
+            self._in_flight_bytes + size > self._in_flight_bytes_max
             or len(self._pieces) >= _IN_FLIGHT_CUTS_MAX
         ):
             self._collect()

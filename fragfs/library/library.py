@@ -122,7 +122,9 @@ class FragmentLibrary:
         leftovers = set(files.names(directory)) - {STAGING_NAME, PACKS_NAME}
         if CATALOG_NAME in leftovers:
             raise UsageError(
-                f"{directory} is a fragfs library already", path=str(directory), remedy="use it"
+                f"{directory} is a fragfs library already",
+                path=str(directory),
+                remedy="add models to it, or name a new directory",
             )
         if leftovers:
             raise UsageError(
@@ -451,8 +453,9 @@ class FragmentLibrary:
             NotFoundError: No such model.
             UsageError: The new name is taken or nests.
         """
+        model = self.model(old)
         with self._writer.batch() as batch:
-            publish_move(batch, self._catalog, as_name(old), as_name(new), self._now_ns())
+            publish_move(batch, self._catalog, model.name, as_name(new), self._now_ns())
         self._writer.publish_snapshot()
 
     # --- whole models

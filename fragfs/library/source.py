@@ -203,7 +203,9 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist", path=str(path)) from error
+        raise UsageError(
+            f"{path} does not exist", path=str(path), remedy="check the spelling of the path"
+        ) from error
     except OSError as error:
         raise storage_error(error, f"cannot look at {path}") from error
 
