@@ -8,10 +8,16 @@ from itertools import groupby
 from fragfs.formats.layout import Span
 from fragfs.types import SpanKind
 
-__all__ = ["SMALL_TENSOR_SIZE", "bundle_small"]
+__all__ = ["SMALL_TENSOR_SIZE", "TYPED_PART_SIZE", "bundle_small"]
 
 SMALL_TENSOR_SIZE = 4 << 10
 """Tensors below this size are bundled with their neighbours."""
+
+
+TYPED_PART_SIZE = 64 << 10
+"""Where the dtype changes inside a run, a stretch of one dtype keeps it from this size on. Shorter
+ones are joined as plain bytes: batch norms that alternate with counters must not cost a fragment
+each, and their few bytes gain nothing from planes."""
 
 
 def bundle_small(spans: list[Span]) -> list[Span]:
@@ -40,10 +46,17 @@ def _bundle_run(run: list[Span]) -> list[Span]:
     if not tensors:
         return run
     first, last = tensors[0], tensors[-1] + 1
-    parts = list(_uniform_parts(run[first:last]))
-    if len(parts) > 1 and any(part.size < SMALL_TENSOR_SIZE for part in parts):
-        parts = [Span(parts[0].offset, parts[-1].end - parts[0].offset, SpanKind.BUNDLE)]
-    return [*run[:first], *parts, *run[last:]]
+    return [*run[:first], *_join_short(list(_uniform_parts(run[first:last]))), *run[last:]]
+
+
+def _join_short(parts: list[Span]) -> Iterator[Span]:
+    for short, group in groupby(parts, lambda part: part.size < TYPED_PART_SIZE):
+        members = list(group)
+        if short and len(members) > 1:
+            offset = members[0].offset
+            yield Span(offset, members[-1].end - offset, SpanKind.BUNDLE)
+        else:
+            yield from members
 
 
 def _uniform_parts(run: list[Span]) -> Iterator[Span]:

@@ -33,10 +33,9 @@ def parse_layout(name: str, size: int, read_at: ReadAt) -> Layout:
             refusal="it is a git LFS pointer, not the weights it stands for",
             refusal_remedy="run git lfs pull",
         )
-    for parse in (parse_gguf, parse_zip):
-        layout = parse(size, read_at)
-        if layout is not None:
-            return _misnamed(layout) if name.endswith(".safetensors") else layout
+    layout = parse_gguf(size, read_at) or parse_zip(name, size, read_at)
+    if layout is not None:
+        return _misnamed(layout) if name.endswith(".safetensors") else layout
     return parse_safetensors(name, size, read_at) or opaque_layout(size)
 
 

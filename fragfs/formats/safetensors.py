@@ -96,7 +96,9 @@ def _cut_short(size: int, promise: str) -> Layout:
 
 def _layout(header: Header, data_start: int, size: int) -> Layout:
     data_size = size - data_start
-    promised = max((entry.end for entry in header.entries if not entry.problem), default=0)
+    # What a later entry of the same name overrides promises nothing: no reader looks there.
+    read = {entry.name: entry for entry in header.entries}.values()
+    promised = max((entry.end for entry in read if not entry.problem), default=0)
     refusal = promise_broken(data_start + promised, size) if promised > data_size else None
     problem = header.problem or refusal or _rejection(header.entries, data_size)
     if problem:

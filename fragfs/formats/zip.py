@@ -11,7 +11,16 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fragfs.formats.layout import FileFormat, Layout, ReadAt, Span, cover, element_unit
+from fragfs.formats.layout import (
+    FileFormat,
+    Layout,
+    ReadAt,
+    Span,
+    cover,
+    element_unit,
+    opaque_layout,
+)
+from fragfs.formats.refusals import TRUNCATED_REMEDY
 from fragfs.types import SpanKind
 
 __all__ = ["MEMBER_SIZE_MIN", "parse_zip"]
@@ -19,6 +28,7 @@ __all__ = ["MEMBER_SIZE_MIN", "parse_zip"]
 MEMBER_SIZE_MIN = 4 << 10
 """Smaller members stay part of the bytes around them."""
 
+_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _DIRECTORY_SIZE_MAX = 1 << 26
 _MEMBERS_MAX = 250_000
 _COMMENT_SIZE_MAX = 0xFFFF
@@ -42,6 +52,10 @@ class _MalformedError(Exception):
     """The bytes are not a zip archive, or beyond the limits above."""
 
 
+class _NoDirectoryError(_MalformedError):
+    """The archive has no end: it was cut short, or never was one."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Directory:
     offset: int
@@ -57,10 +71,11 @@ class _Member:
     size: int
 
 
-def parse_zip(size: int, read_at: ReadAt) -> Layout | None:
+def parse_zip(name: str, size: int, read_at: ReadAt) -> Layout | None:
     """Lay out a zip archive; None if it is none.
 
     Args:
+        name: File name: a checkpoint that lacks its end is refused as truncated.
         size: Bytes of the file.
         read_at: Reads from it; asked for the directory, member headers and samples of members.
     """
@@ -69,6 +84,8 @@ def parse_zip(size: int, read_at: ReadAt) -> Layout | None:
     try:
         directory = _find_directory(size, read_at)
         members = _stored_members(read_at(directory.offset, directory.size), directory)
+    except _NoDirectoryError:
+        return _cut_short(size) if name.endswith(_CHECKPOINT_SUFFIXES) else None
     except (_MalformedError, struct.error):
         return None
     spans = [
@@ -79,12 +96,22 @@ def parse_zip(size: int, read_at: ReadAt) -> Layout | None:
     return Layout(FileFormat.ZIP, size, tuple(covered))
 
 
+def _cut_short(size: int) -> Layout:
+    reason = "truncated: the archive lacks the directory at its end"
+    return opaque_layout(
+        size,
+        verdict=f"torch.load rejects it: {reason}",
+        refusal=reason,
+        refusal_remedy=TRUNCATED_REMEDY,
+    )
+
+
 def _find_directory(size: int, read_at: ReadAt) -> _Directory:
     tail_size = min(size, _END.size + _COMMENT_SIZE_MAX)
     tail = read_at(size - tail_size, tail_size)
     index = tail.rfind(_END_MAGIC)
     if index < 0:
-        raise _MalformedError
+        raise _NoDirectoryError
     end_offset = size - tail_size + index
     _, count, directory_size, offset = _END.unpack_from(tail, index)
     if count == _IN_ZIP64_16 or _IN_ZIP64_32 in (directory_size, offset):

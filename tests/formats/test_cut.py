@@ -151,15 +151,22 @@ def test_zero_size_tensors_do_not_interrupt_a_run():
     assert kinds(data)[0] == (SpanKind.BUNDLE, Dtype.F32, 4000)
 
 
-def test_a_run_is_split_by_dtype_if_all_parts_are_large_enough():
-    data = packed(*[("F32", 600)] * 2, *[("BF16", 1500)] * 2, ("U8", 70_000), size_of=SIZES)
-    assert kinds(data)[:2] == [
-        (SpanKind.BUNDLE, Dtype.F32, 4800),
-        (SpanKind.BUNDLE, Dtype.BF16, 6000),
+def test_long_stretches_of_a_run_keep_their_dtype():
+    data = packed(
+        *[("I64", 1)] * 50,
+        *[("F32", 600)] * 40,
+        *[("BF16", 1500)] * 30,
+        ("U8", 70_000),
+        size_of=SIZES,
+    )
+    assert kinds(data)[:3] == [
+        (SpanKind.BUNDLE, Dtype.I64, 400),
+        (SpanKind.BUNDLE, Dtype.F32, 96_000),
+        (SpanKind.BUNDLE, Dtype.BF16, 90_000),
     ]
 
 
-def test_a_run_with_a_small_part_is_plain_bytes():
+def test_short_stretches_of_a_run_are_joined_as_plain_bytes():
     data = packed(
         *[("F32", 600)] * 2, ("I64", 1), *[("F32", 600)] * 2, ("U8", 70_000), size_of=SIZES
     )

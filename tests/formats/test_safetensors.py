@@ -551,3 +551,11 @@ def test_mutated_files_agree_with_safetensors(tmp_path_factory, data, draw):
         mutated[index] = draw.draw(st.sampled_from(b'{}[]",:0019 -.e\\\x00\xff\n'))
     path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
     check_agreement(path, bytes(mutated))
+
+
+def test_what_a_duplicate_overrides_promises_nothing():
+    """safe_open reads the last entry of a name and accepts a first that lies out of bounds."""
+    beyond = {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}
+    layout = layout_of(safetensors_bytes(pairs_json(("a", beyond), ("a", A4)), Z4))
+    assert layout.refusal is None
+    assert "occurs twice" in layout.verdict

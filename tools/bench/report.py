@@ -114,7 +114,7 @@ def list_targets(figures: dict[str, float]) -> Table:
             table.add(
                 target.text,
                 f"{bound} {target.limit / target.scale:.4g}{target.unit}",
-                f"{value / target.scale:.3f}{target.unit}",
+                f"{value / target.scale:.4g}{target.unit}",
                 "yes" if target.is_met(value) else "NO",
             )
     return table
