@@ -158,6 +158,8 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         raise StorageError(
             f"catalog {path}: {text}", path=str(path), remedy=remedy, retryable="locked" in text
         ) from error
+    except sqlite3.IntegrityError:
+        raise  # a constraint of ours: a defect of fragfs, not of the database file
     except sqlite3.DatabaseError as error:
         raise FormatError(
             f"catalog {path} is damaged: {error}",
@@ -295,6 +297,16 @@ class Catalog:
                 raise
         finally:
             connection.close()
+
+    def copy_to(self, path: Path) -> None:
+        """Write a consistent copy of the database, complete in one file."""
+        with _sqlite_errors(path):
+            target = sqlite3.connect(path)
+            try:
+                self.connection().backup(target)
+                target.execute("PRAGMA journal_mode = DELETE")
+            finally:
+                target.close()
 
     # --- queries
 

@@ -116,9 +116,11 @@ class ExtentMap:
             FormatError: The blob is damaged.
         """
         try:
-            data = zstandard.ZstdDecompressor().decompress(
-                blob, max_output_size=4 + _ROW_BYTES * EXTENTS_MAX
-            )
+            # Asked first: a frame that states its size is given that much memory unseen.
+            size = zstandard.frame_content_size(blob)
+            if not 4 <= size <= 4 + _ROW_BYTES * EXTENTS_MAX:
+                raise zstandard.ZstdError(f"a content size of {size}")
+            data = zstandard.ZstdDecompressor().decompress(blob)
         except zstandard.ZstdError as error:
             raise FormatError(
                 "the extents of a file do not decompress",

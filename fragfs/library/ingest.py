@@ -27,6 +27,7 @@ from fragfs.library.catalog import Catalog
 from fragfs.library.decode import FragmentDecoder, where
 from fragfs.library.extents import ExtentMapBuilder
 from fragfs.library.files import storage_error
+from fragfs.library.names import printable
 from fragfs.library.progress import Progress
 from fragfs.library.publish import NewContent
 from fragfs.library.records import checksum
@@ -41,13 +42,16 @@ _BATCH_S = 10.0
 
 _IN_FLIGHT_BYTES_PER_WORKER = 16 << 20
 """Eight fragments of f32 read ahead for each worker: a commit's fsync leaves none of them idle."""
+_IN_FLIGHT_BYTES_MAX = 256 << 20
+"""However many cores: an add shall stay below 1 GB with everything it holds."""
 _IN_FLIGHT_CUTS_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A source file and how it will be cut."""
+    """A source file, its path in the model, and how it will be cut."""
 
+    path: bytes
     file: SourceFile
     layout: Layout
 
@@ -129,7 +133,8 @@ class Ingester:
         self._hasher = ThreadPoolExecutor(1, "fragfs-sha256")
         self._pieces: deque[_Piece] = deque()
         self._in_flight_bytes = 0
-        self._in_flight_bytes_max = workers * _IN_FLIGHT_BYTES_PER_WORKER
+        self._in_flight_bytes_max = min(workers * _IN_FLIGHT_BYTES_PER_WORKER, _IN_FLIGHT_BYTES_MAX)
+        self._replaced: dict[int, FragmentMetadata] = {}
         self._finished: list[tuple[PlannedFile, NewContent]] = []
         self.totals = IngestTotals()
 
@@ -167,7 +172,7 @@ class Ingester:
     def _read(self, planned: PlannedFile) -> None:
         file = planned.file
         state = _FileState(planned)
-        self._progress.note(os.fsdecode(file.path))
+        self._progress.note(printable(planned.path))
         descriptor, before = read_source(file)
         try:
             if (before.st_size, before.st_mtime_ns) != (file.size, file.mtime_ns):
@@ -230,6 +235,8 @@ class Ingester:
         try:
             self._decoder.read_record(known)
         except (IntegrityError, StorageError, NotFoundError) as error:
+            if isinstance(error, StorageError) and error.retryable:
+                raise
             # Never rest the only copy of a file on a rotten record: ours is good and replaces it.
             return _Staged(self._encode(raw, dtype, fragment_id), known, error.message)
         return _Staged(None, known)
@@ -287,8 +294,12 @@ class Ingester:
             return staged.known
         if self._batch is None:
             self._batch = self._batch_scope.enter_context(self._start_batch())
+        if staged.known is not None and staged.known.number in self._replaced:
+            totals.reused_bytes += staged.known.raw_size
+            return self._replaced[staged.known.number]
         if staged.known is not None:
             metadata = self._batch.replace_fragment(staged.fragment, staged.known.number)
+            self._replaced[metadata.number] = metadata
             totals.healed.append(
                 f"fragment {metadata.id.short}, damaged in {where(staged.known)}"
                 f" ({staged.damage}), now in {where(metadata)}"

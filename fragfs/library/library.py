@@ -6,18 +6,19 @@ fast.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid as uuid_module
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from fragfs.errors import NotFoundError, UsageError
+from fragfs.errors import NotFoundError, StorageError, UsageError
 from fragfs.library import tree
 from fragfs.library.catalog import (
     CATALOG_NAME,
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from fragfs.library.readback import ExportReport, VerifiedFile
 
 __all__ = ["FragmentLibrary"]
+
+log = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT_S = 60.0
 
@@ -120,6 +123,8 @@ class FragmentLibrary:
                 files.make_directory(parent)
         staging = directory / STAGING_NAME
         leftovers = set(files.names(directory)) - {STAGING_NAME, PACKS_NAME}
+        if (directory / PACKS_NAME).exists() and files.names(directory / PACKS_NAME):
+            leftovers.add(PACKS_NAME)
         if CATALOG_NAME in leftovers:
             raise UsageError(
                 f"{directory} is a fragfs library already",
@@ -229,10 +234,10 @@ class FragmentLibrary:
 
         entries = self.files(name)
         layers: list[LayerMapping] = []
+        fragment_id = cache(self._fragment_id)
         for entry in entries:
-            layers += file_layers(
-                entry, self.open_content(entry.content), self._decode_cold, self._fragment_id
-            )
+            content = self.open_content(entry.content)
+            layers += file_layers(entry, content, self._decode_cold, fragment_id)
         return ModelManifest(self.model(name), tuple(entries), tuple(layers))
 
     def stats(self, name: str | bytes | None = None) -> LibraryStats:
@@ -379,9 +384,19 @@ class FragmentLibrary:
             self._now_ns,
             progress,
         )
-        report = adder.run(paths, options)
-        self._writer.publish_snapshot()
-        return report
+        before = self._catalog.generation()
+        try:
+            return adder.run(paths, options)
+        finally:
+            if self._catalog.generation() != before:
+                self._publish_snapshot()
+
+    def _publish_snapshot(self) -> None:
+        """Bring the read-only copy up to date; the change itself is committed already."""
+        try:
+            self._writer.publish_snapshot()
+        except StorageError as error:
+            log.warning("other users see an older state of the library for now: %s", error)
 
     def _open_ingester(self, workers: int, progress: Progress) -> Ingester:
         from fragfs.library.ingest import Ingester
@@ -413,7 +428,7 @@ class FragmentLibrary:
             else:
                 removed = entries
                 publish_removal(batch, self._catalog, raw, self._now_ns())
-        self._writer.publish_snapshot()
+        self._publish_snapshot()
         return RemoveReport(
             model=raw,
             file_count=len(removed),
@@ -456,7 +471,7 @@ class FragmentLibrary:
         model = self.model(old)
         with self._writer.batch() as batch:
             publish_move(batch, self._catalog, model.name, as_name(new), self._now_ns())
-        self._writer.publish_snapshot()
+        self._publish_snapshot()
 
     # --- whole models
 

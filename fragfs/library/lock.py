@@ -10,8 +10,8 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fragfs.errors import StorageError
@@ -32,12 +32,18 @@ def _open(path: Path) -> int:
         raise storage_error(error, f"cannot open {path} for writing") from error
 
 
-def _acquire(descriptor: int, deadline_s: float, lock_path: Path) -> None:
+def _acquire(
+    descriptor: int, lock_path: Path, timeout_s: float, sign_of_life: Callable[[], object]
+) -> None:
+    seen = sign_of_life()
+    deadline_s = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= deadline_s:
+            if (now := sign_of_life()) != seen:
+                seen, deadline_s = now, time.monotonic() + timeout_s
+            elif time.monotonic() >= deadline_s:
                 raise StorageError(
                     f"another fragfs is writing to this library ({_holder(lock_path)})",
                     path=str(lock_path),
@@ -60,31 +66,37 @@ def _holder(path: Path) -> str:
 
 
 @contextmanager
-def writer_lock(directory: Path, timeout_s: float) -> Iterator[None]:
+def writer_lock(
+    directory: Path, timeout_s: float, sign_of_life: Callable[[], object] = lambda: None
+) -> Iterator[None]:
     """Hold the library's writer lock.
 
     Args:
         directory: The library's directory.
-        timeout_s: How long to wait for another writer before giving up.
+        timeout_s: How long to wait without a sign of life of other writers before giving up.
+        sign_of_life: Gives another value whenever a writer has got on: somebody who queues behind
+            busy writers waits for as long as they are busy.
 
     Raises:
         StorageError: Another process kept the lock all that time (retryable, names it), or this
             user may not write here.
     """
-    deadline_s = time.monotonic() + timeout_s
     lock_path = directory / LOCK_NAME
     turnstile = _open(directory / TURNSTILE_NAME)
     try:
-        _acquire(turnstile, deadline_s, lock_path)
+        _acquire(turnstile, lock_path, timeout_s, sign_of_life)
         lock = _open(lock_path)
         try:
-            _acquire(lock, deadline_s, lock_path)
+            _acquire(lock, lock_path, timeout_s, sign_of_life)
             fcntl.flock(turnstile, fcntl.LOCK_UN)
-            # Only for the message another writer shows: a stale text is harmless.
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {os.getpid()}".encode(), 0)
+            # Only for the message another writer shows: a stale or missing text is harmless.
+            with suppress(OSError):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"process {os.getpid()}".encode(), 0)
             yield
         finally:
+            # Closing would not free it while a child process holds a copy of the descriptor.
+            fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
     finally:
         os.close(turnstile)

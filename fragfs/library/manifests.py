@@ -135,7 +135,10 @@ def parse_manifest(payload: bytes | memoryview, where: str) -> StoredManifest:
         FormatError: The payload is not a manifest.
     """
     try:
-        data = zstandard.ZstdDecompressor().decompress(payload, max_output_size=MANIFEST_BYTES_MAX)
+        # Asked first: a frame that states its size is given that much memory unseen.
+        if not 4 <= zstandard.frame_content_size(payload) <= MANIFEST_BYTES_MAX:
+            raise ValueError("it states an impossible size")
+        data = zstandard.ZstdDecompressor().decompress(payload)
         head_end = 4 + int.from_bytes(data[:4], "little")
         head = json.loads(data[4:head_end])
         contents = []

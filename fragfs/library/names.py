@@ -29,7 +29,10 @@ def as_name(name: str | bytes) -> bytes:
         UsageError: Empty, absolute, with empty, "." or ".." components, or with a NUL.
         LimitError: Too long for a file system to show.
     """
-    raw = os.fsencode(name)
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the name {name!r} cannot be a file name") from error
     shown = printable(raw)
     if not raw:
         raise UsageError("a name is empty")

@@ -7,7 +7,7 @@ rebuild repeat the change, then commits record and catalog together.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fragfs.errors import NotFoundError, StorageError, UsageError
@@ -256,7 +256,6 @@ class _Contents:
         self.of_file: dict[bytes, int] = {}
         self.new: dict[int, NewContent] = {}
         self._fragments: dict[int, tuple[FragmentId, int]] = {}
-        self._old: dict[int, ManifestContent] = {}
         shared: dict[tuple[bytes, int], int] = {}
         next_number = catalog.next_number("contents")
         for file in draft.files.values():
@@ -271,8 +270,7 @@ class _Contents:
                 if file.content.size >= SHARED_INODE_BYTES_MIN:
                     shared[file.content.sha256, file.content.size] = number
             self.of_file[file.path] = number
-        for content in self.new.values():
-            self._load_fragments(content.extents)
+        self._load_fragments([content.extents for content in self.new.values()])
 
     def _find_shared(self, content: NewContent, shared: dict[tuple[bytes, int], int]) -> int | None:
         if content.size < SHARED_INODE_BYTES_MIN:
@@ -288,8 +286,9 @@ class _Contents:
             shared[key] = row[0]
         return shared[key]
 
-    def _load_fragments(self, extents: ExtentMap) -> None:
-        wanted = sorted(set(extents.fragments) - self._fragments.keys())
+    def _load_fragments(self, maps: Sequence[ExtentMap]) -> None:
+        numbers = {number for extents in maps for number in extents.fragments}
+        wanted = sorted(numbers - set(self._fragments))
         for start in range(0, len(wanted), 500):
             part = wanted[start : start + 500]
             marks = ",".join("?" * len(part))
@@ -311,22 +310,23 @@ class _Contents:
 
     def manifest_contents(self) -> Iterable[ManifestContent]:
         """Every distinct content of the draft, old ones loaded from the catalog."""
+        described: list[tuple[int, bytes, int, str, ExtentMap]] = []
         for number in sorted(set(self.of_file.values())):
-            content = self.new.get(number)
-            if content is not None:
-                row = (content.sha256, content.mtime_ns, content.verdict)
-                extents = content.extents
-            else:
-                found = self._catalog.row(
-                    "SELECT sha256, mtime_ns, verdict, extents FROM contents WHERE number = ?",
-                    (number,),
-                )
-                if found is None:
-                    raise NotFoundError(f"content {number} is not in the catalog")
-                row, extents = found[:3], ExtentMap.parse(found[3])
-                self._load_fragments(extents)
+            new = self.new.get(number)
+            if new is not None:
+                described.append((number, new.sha256, new.mtime_ns, new.verdict, new.extents))
+                continue
+            row = self._catalog.row(
+                "SELECT sha256, mtime_ns, verdict, extents FROM contents WHERE number = ?",
+                (number,),
+            )
+            if row is None:
+                raise NotFoundError(f"content {number} is not in the catalog")
+            described.append((number, *row[:3], ExtentMap.parse(row[3])))
+        self._load_fragments([extents for *_, extents in described])
+        for number, sha256, mtime_ns, verdict, extents in described:
             ids = {fragment: self._fragments[fragment][0] for fragment in set(extents.fragments)}
-            yield ManifestContent.of_extents(number, *row, extents, ids)
+            yield ManifestContent.of_extents(number, sha256, mtime_ns, verdict, extents, ids)
 
 
 def _write_model(
@@ -345,10 +345,11 @@ def _write_model(
         _enter_folders(connection, draft.name, now_ns)
     else:
         number = draft.number
-        connection.execute(
-            "UPDATE models SET mtime_ns = ?, mode = ? WHERE number = ?",
-            (manifest.mtime_ns, manifest.mode, number),
-        )
+        changed = connection.execute(
+            "UPDATE models SET mtime_ns = ?, mode = ? WHERE number = ? AND name = ?",
+            (manifest.mtime_ns, manifest.mode, number, draft.name),
+        ).rowcount
+        assert changed == 1, "a draft of an existing model is loaded under the lock"
     connection.executemany(
         "INSERT INTO contents VALUES (?, ?, ?, ?, ?, ?, ?)",
         (

@@ -212,7 +212,8 @@ def _export_file(
                 while view:
                     view = view[stream.write(view) :]
                 progress.advance(len(piece))
-            os.fchmod(stream.fileno(), file.mode)
+            # No setuid or setgid: an export must not hand out rights the source had.
+            os.fchmod(stream.fileno(), file.mode & 0o777)
         if digest.digest() != file.sha256:
             raise IntegrityError(
                 f"{printable(file.path)}: SHA-256 of what was decoded differs",

@@ -194,11 +194,11 @@ def parse_pack_header(data: bytes, path: str) -> PackHeader:
     """Read a pack's first `PACK_HEADER.size` bytes.
 
     Raises:
-        FormatError: Not a pack, or one of a newer format.
-        IntegrityError: The header's checksum differs.
+        FormatError: A pack of a newer format.
+        IntegrityError: Not a pack, or its header is damaged.
     """
     if len(data) < PACK_HEADER.size or data[:8] != PACK_MAGIC:
-        raise FormatError(
+        raise IntegrityError(
             f"{path} is not a pack", path=path, remedy="restore the file from a backup"
         )
     values = dict(

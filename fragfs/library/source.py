@@ -44,7 +44,7 @@ class SourceFile:
         size: Its size when it was found.
         mtime_ns: Its modification time.
         mode: Its permission bits.
-        is_link: True if `source` is a symbolic link.
+        is_link: True if `source` is a symbolic link, or was found through one.
     """
 
     path: bytes
@@ -100,22 +100,33 @@ def scan_source(root: Path, *, follow_links: bool) -> SourceTree:
     status = _stat(root)
     if stat.S_ISREG(status.st_mode):
         name = as_name(os.fsencode(root.name))
-        now_ns = status.st_mtime_ns
-        tree.directories.append(SourceDirectory(b"", 0o755, now_ns))
+        tree.directories.append(SourceDirectory(b"", 0o755, _mtime_ns(status, root)))
         tree.files.append(_file(name, root, status))
         return tree
     if not stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{root} is neither a directory nor a regular file", path=str(root))
-    _Scanner(tree, root, follow_links=follow_links).walk(root, b"", status, ())
+    _Scanner(tree, root, follow_links=follow_links).scan(root, status)
     tree.files.sort(key=lambda file: file.path)
     tree.warnings.extend(_missing_shards(tree))
     return tree
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A directory to be listed: `above` are the identities of those around it."""
+
+    directory: Path
+    path: bytes
+    status: os.stat_result
+    above: frozenset[tuple[int, int]]
+    through_link: bool
 
 
 class _Scanner:
     def __init__(self, tree: SourceTree, root: Path, *, follow_links: bool) -> None:
         self._tree = tree
         self._follow_links = follow_links
+        self._waiting: list[_Waiting] = []
         real = Path(os.path.realpath(root))
         self._allowed = [real]
         # A hub cache: REPO/snapshots/REVISION/file -> ../../blobs/DIGEST
@@ -123,34 +134,36 @@ class _Scanner:
             if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
                 self._allowed.append(parent.parent / "blobs")
 
-    def walk(
-        self,
-        directory: Path,
-        path: bytes,
-        status: os.stat_result,
-        above: tuple[tuple[int, int], ...],
-    ) -> None:
+    def scan(self, root: Path, status: os.stat_result) -> None:
+        self._waiting.append(_Waiting(root, b"", status, frozenset(), through_link=False))
+        while self._waiting:
+            self._list(self._waiting.pop())
+
+    def _list(self, waiting: _Waiting) -> None:
+        directory, status = waiting.directory, waiting.status
         identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            self._tree.skipped.append((path, "a link to a directory above it"))
+        if identity in waiting.above:
+            self._tree.skipped.append((waiting.path, "a link to a directory above it"))
             return
-        self._tree.directories.append(
-            SourceDirectory(path, stat.S_IMODE(status.st_mode), status.st_mtime_ns)
-        )
+        mode, mtime_ns = stat.S_IMODE(status.st_mode), _mtime_ns(status, directory)
+        self._tree.directories.append(SourceDirectory(waiting.path, mode, mtime_ns))
         try:
             names = sorted(os.listdir(os.fsencode(directory)))
         except OSError as error:
             raise storage_error(error, f"cannot list {directory}") from error
         for name in names:
-            inside = join(path, name)
+            inside = join(waiting.path, name)
             if name in _SKIPPED_NAMES or any(
                 fnmatchcase(os.fsdecode(name), pattern) for pattern in _SKIPPED_PATTERNS
             ):
                 self._tree.skipped.append((inside, "a tool's own state"))
-                continue
-            self._entry(directory / os.fsdecode(name), inside, (*above, identity))
+            else:
+                self._entry(waiting, name, as_name(inside), waiting.above | {identity})
 
-    def _entry(self, source: Path, path: bytes, above: tuple[tuple[int, int], ...]) -> None:
+    def _entry(
+        self, parent: _Waiting, name: bytes, path: bytes, above: frozenset[tuple[int, int]]
+    ) -> None:
+        source = parent.directory / os.fsdecode(name)
         try:
             is_link = source.is_symlink()
             status = source.stat()
@@ -164,11 +177,11 @@ class _Scanner:
             raise storage_error(error, f"cannot look at {source}") from error
         if is_link:
             self._check_link(source, is_directory=stat.S_ISDIR(status.st_mode))
+        through_link = is_link or parent.through_link
         if stat.S_ISDIR(status.st_mode):
-            self.walk(source, path, status, above)
+            self._waiting.append(_Waiting(source, path, status, above, through_link))
         elif stat.S_ISREG(status.st_mode):
-            as_name(path)
-            self._tree.files.append(_file(path, source, status, is_link=is_link))
+            self._tree.files.append(_file(path, source, status, is_link=through_link))
         else:
             self._tree.skipped.append((path, "not a regular file"))
 
@@ -193,10 +206,21 @@ def _file(
         path,
         source,
         status.st_size,
-        status.st_mtime_ns,
+        _mtime_ns(status, source),
         stat.S_IMODE(status.st_mode),
         is_link,
     )
+
+
+def _mtime_ns(status: os.stat_result, path: Path) -> int:
+    """The modification time, if 64 bits of nanoseconds can say it (1678 to 2262)."""
+    if not -(1 << 63) <= status.st_mtime_ns < 1 << 63:
+        raise UsageError(
+            f"{path} has a modification time that cannot be kept",
+            path=str(path),
+            remedy="set another one with touch",
+        )
+    return status.st_mtime_ns
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -218,18 +242,15 @@ def _missing_shards(tree: SourceTree) -> Iterator[str]:
             continue
         try:
             shards = set(json.loads(file.source.read_bytes())["weight_map"].values())
+            names = {os.fsencode(shard) for shard in shards if isinstance(shard, str)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         directory = file.path.rpartition(b"/")[0]
-        missing = sorted(
-            shard
-            for shard in shards
-            if isinstance(shard, str) and join(directory, os.fsencode(shard)) not in present
-        )
+        missing = sorted(name for name in names if join(directory, name) not in present)
         if missing:
             yield (
                 f"{printable(file.path)} names {len(missing)} file(s) that are not there,"
-                f" e.g. {missing[0]}"
+                f" e.g. {printable(missing[0])}"
             )
 
 

@@ -11,13 +11,13 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import xxhash
 
 from fragfs.errors import FormatError, StorageError
-from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME, Catalog
+from fragfs.library.catalog import SNAPSHOT_NAME, Catalog
 from fragfs.library.files import Files
 from fragfs.library.lock import writer_lock
 from fragfs.library.packs import PACKS_NAME, pack_name, pack_number, scan_records
@@ -92,10 +92,14 @@ class _PackAppender:
         self.flush()
         self._files.sync(self._descriptor)
 
-    def index_entries(self) -> list[IndexEntry]:
-        """What an index of this pack lists: its records, whichever process wrote them."""
+    def index_entries(self) -> list[IndexEntry] | None:
+        """What an index of this pack lists: its records, whichever process wrote them.
+
+        None if a damaged record hides those behind it: no index is better than half of one.
+        """
         self.flush()
         entries = []
+        end = PACK_HEADER.size
         for record in scan_records(self._files, self._descriptor, PACK_HEADER.size, self.size):
             fragment, raw_size = bytes(32), 0
             if record.header.kind is RecordKind.FRAGMENT:
@@ -110,7 +114,8 @@ class _PackAppender:
                     record.header.kind,
                 )
             )
-        return entries
+            end = record.offset + record.header.record_size
+        return entries if end == self.size else None
 
     def close(self) -> None:
         """Close the descriptor; what was not flushed is dropped."""
@@ -127,6 +132,7 @@ class Batch:
     def __init__(self, writer: LibraryWriter) -> None:
         self._writer = writer
         self._catalog = writer.catalog
+        writer.clean_staging()
         self.started_s = time.monotonic()
         self._generation, self._parent = self._catalog.generation()
         self._abandoned = writer.examine_leftovers()
@@ -228,7 +234,9 @@ class Batch:
         )
         state = PackState.OPEN
         if self.is_full:
-            pack.append(pack_index(pack.index_entries(), pack.size))
+            entries = pack.index_entries()
+            if entries is not None:
+                pack.append(pack_index(entries, pack.size))
             state = PackState.SEALED
         pack.sync()
         if pack.new:
@@ -305,12 +313,15 @@ class LibraryWriter:
                 path=str(self._directory),
                 remedy="run the command as the library's owner",
             )
-        with writer_lock(self._directory, self._lock_timeout_s):
+        with self._locked():
             batch = Batch(self)
             try:
                 yield batch
             finally:
                 batch.close()
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return writer_lock(self._directory, self._lock_timeout_s, self.catalog.generation)
 
     def open_pack(self) -> _PackAppender:
         """The open pack, if nothing follows its committed bytes; else a new one.
@@ -325,7 +336,7 @@ class LibraryWriter:
         if row is not None:
             number, size = int(row[0]), int(row[1])
             path = self._packs / pack_name(number)
-            if self._files.size(path) == size:
+            if path.name in self._files.names(self._packs) and self._files.size(path) == size:
                 return _PackAppender(self._files, path, number, size, new=False)
         known = self.catalog.row("SELECT max(number) FROM packs")
         highest = int(known[0] or 0) if known else 0
@@ -365,7 +376,7 @@ class LibraryWriter:
             if known is not None and size == start:
                 continue
             self._check_explained(number, start, size, intended)
-            abandoned.append((number, min(start, size), size, PackState.ABANDONED))
+            abandoned.append((number, start, size, PackState.ABANDONED))
         return abandoned
 
     def _check_explained(self, number: int, start: int, size: int, intended: list[bytes]) -> None:
@@ -426,27 +437,30 @@ class LibraryWriter:
         """Make the names of new packs durable."""
         self._files.sync_directory(self._packs)
 
-    def publish_snapshot(self) -> None:
-        """Replace the catalog's copy, for readers that may not open the catalog itself."""
+    def clean_staging(self) -> None:
+        """Remove what killed writers left unfinished. Called under the lock."""
         staging = self._directory / STAGING_NAME
-        temporary = staging / f"{SNAPSHOT_NAME}.{os.getpid()}"
-        self._files.unlink(temporary)
-        source = sqlite3.connect(
-            f"{(self._directory / CATALOG_NAME).absolute().as_uri()}?mode=ro", uri=True
-        )
-        try:
-            target = sqlite3.connect(temporary)
+        for name in self._files.names(staging):
+            if name != _INTENT_NAME:
+                self._files.unlink(staging / name)
+
+    def publish_snapshot(self) -> None:
+        """Replace the catalog's copy, for readers that may not open the catalog itself.
+
+        Under the lock, so that an older copy never replaces a newer one.
+        """
+        with self._locked():
+            temporary = self._directory / STAGING_NAME / f"{SNAPSHOT_NAME}.{os.getpid()}"
+            self._files.unlink(temporary)
             try:
-                source.backup(target)
-                target.execute("PRAGMA journal_mode = DELETE")
-            finally:
-                target.close()
-        finally:
-            source.close()
-        descriptor = self._files.open_append(temporary)
-        try:
-            self._files.sync(descriptor)
-        finally:
-            self._files.close(descriptor)
-        self._files.rename(temporary, self._directory / SNAPSHOT_NAME)
-        self._files.sync_directory(self._directory)
+                self.catalog.copy_to(temporary)
+                descriptor = self._files.open_append(temporary)
+                try:
+                    self._files.sync(descriptor)
+                finally:
+                    self._files.close(descriptor)
+                self._files.rename(temporary, self._directory / SNAPSHOT_NAME)
+                self._files.sync_directory(self._directory)
+            except StorageError:
+                self._files.unlink(temporary)
+                raise
