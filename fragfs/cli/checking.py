@@ -122,25 +122,29 @@ def _results_as_json(results: list[VerifiedFile]) -> dict[str, object]:
     ),
 )
 @click.argument("model")
-@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DEST", type=Path)
 @shared_options()
 @pass_session
-def export_command(session: Session, model: str, destination: Path) -> None:
+def export_command(session: Session, model: str, destination: Path) -> int:
     """Write the original files of a model to a directory.
 
     DEST is created.
 
     Bytes, permissions and modification times are those of the files that were added, and every
-    file is compared with its SHA-256 on the way. Nothing needs to be mounted.
+    file is compared with its SHA-256 on the way. Nothing needs to be mounted. A file that is
+    damaged in the library is named and left out; then the exit status is 1.
     """
     from fragfs.cli.progress import show_progress
 
     name = os.fsencode(model).rstrip(b"/")
     with session.open_library() as library, show_progress(session) as progress:
         report = library.export(name, destination.absolute(), progress)
+    for path, error in report.failed:
+        remark(f"fragfs: {show_name(path)} is not exported: {error}")
     if not session.quiet:
         counts = format_count(report.file_count, "file")
         where = show_name(os.fsencode(destination))
-        say(
-            f"exported {show_name(name)} to {where}: {counts}, {format_bytes(report.logical_bytes)}"
-        )
+        outcome = f"; {len(report.failed)} FAILED" if report.failed else ""
+        size = format_bytes(report.logical_bytes)
+        say(f"exported {show_name(name)} to {where}: {counts}, {size}{outcome}")
+    return EXIT_FAILED if report.failed else 0

@@ -29,7 +29,7 @@ _LISTED_MAX = 20
         "fragfs init /srv/models.fragfs",
     ),
 )
-@click.argument("directory", metavar="[LIBRARY]", required=False, type=click.Path(path_type=Path))
+@click.argument("directory", metavar="[LIBRARY]", required=False, type=Path)
 @click.option(
     "--fragment-elements",
     type=int,
@@ -86,10 +86,15 @@ def init_command(
         "fragfs add ./all-MiniLM-L6-v2 --name sentence-transformers/all-MiniLM-L6-v2",
     ),
 )
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=Path)
 @click.option("--name", metavar="MODEL", help="The model's name. [default: the directory's]")
 @click.option("--into", metavar="MODEL[/DIR]", help="Add to this model, which exists.")
-@click.option("--update", is_flag=True, help="Add what changed in a model that exists.")
+@click.option(
+    "--update",
+    is_flag=True,
+    help="Bring a model that exists up to date; files of equal size and time are not read.",
+)
+@click.option("--checksum", is_flag=True, help="With --update, read every file all the same.")
 @click.option(
     "--remove-source",
     is_flag=True,
@@ -110,6 +115,7 @@ def add_command(
     name: str | None,
     into: str | None,
     update: bool,
+    checksum: bool,
     remove_source: bool,
     follow_links: bool,
     force: bool,
@@ -129,6 +135,7 @@ def add_command(
         name=os.fsencode(name) if name is not None else None,
         into=os.fsencode(into).rstrip(b"/") if into is not None else None,
         update=update,
+        checksum=checksum,
         remove_source=remove_source,
         follow_links=follow_links,
         force=force,

@@ -25,8 +25,8 @@ __all__ = ["main"]
         "/srv/models.fragfs /mnt/models fuse.fragfs defaults,allow_other,nofail 0 0",
     ),
 )
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("source", type=Path)
+@click.argument("mountpoint", type=Path)
 @click.option("-o", "option_list", multiple=True, metavar="OPTIONS", help="As in fstab.")
 @click.option("-f", "--fake", is_flag=True, help="Check the options, mount nothing.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what was mounted.")

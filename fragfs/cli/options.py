@@ -101,7 +101,7 @@ def shared_options(*, environment: bool = False) -> Callable[[_Function], _Funct
         )(function)
         return click.option(
             "--library",
-            type=click.Path(path_type=Path),
+            type=Path,
             metavar="PATH",
             envvar=LIBRARY_VARIABLE if environment else None,
             expose_value=False,

@@ -23,6 +23,9 @@ __all__ = ["mount_command", "start_mount", "umount_command"]
 
 _GRACE_S = 30.0
 
+# Paths are `Path`, never `click.Path`: that one asks the file system about them, and a mount point
+# whose daemon hangs would hang the command that is to end it.
+
 
 @click.command(
     "mount",
@@ -31,7 +34,7 @@ _GRACE_S = 30.0
         "fragfs umount ~/models",
     ),
 )
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("-o", "option_list", multiple=True, metavar="OPTS", help="Options as in fstab.")
 @click.option(
@@ -52,7 +55,7 @@ _GRACE_S = 30.0
 )
 @click.option(
     "--log-file",
-    type=click.Path(path_type=Path),
+    type=Path,
     metavar="FILE",
     help="Log here. [default: the system log, else a file in your state directory]",
 )
@@ -136,7 +139,10 @@ def start_mount(options: MountOptions, *, quiet: bool) -> None:
     from fragfs.mount.launch import mount
 
     if options.log_file is None:
-        options = dataclasses.replace(options, log_file=default_log_file())
+        try:
+            options = dataclasses.replace(options, log_file=default_log_file())
+        except OSError as error:
+            remark(f"fragfs: warning: no place for a log ({error}); name one with --log-file")
     report = mount(options)
     for text in report.warnings:
         remark(f"fragfs: warning: {text}")
@@ -154,7 +160,7 @@ def start_mount(options: MountOptions, *, quiet: bool) -> None:
         "fragfs umount ~/models",
     ),
 )
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 @click.option("--lazy", is_flag=True, help="Detach now; those who still read go on.")
 @click.option("--force", is_flag=True, help="Cut off who still reads; for root.")
 @shared_options()

@@ -52,7 +52,9 @@ class AddOptions:
     Attributes:
         name: Model name; by default the directory's own.
         into: "MODEL" or "MODEL/DIR" of an existing model that the paths are copied into.
-        update: Bring an existing model up to date: read what changed, drop what is gone.
+        update: Bring an existing model up to date: read what changed, drop what is gone. A file
+            counts as unchanged if its size and modification time are those recorded.
+        checksum: With `update`, read every file, whatever its size and time say.
         remove_source: Remove the source files after reading everything back from disk.
         follow_links: Store what links outside the source lead to.
         force: Store truncated files and LFS pointers as they are.
@@ -63,6 +65,7 @@ class AddOptions:
     name: bytes | None = None
     into: bytes | None = None
     update: bool = False
+    checksum: bool = False
     remove_source: bool = False
     follow_links: bool = False
     force: bool = False
@@ -253,7 +256,7 @@ class Adder:
             name = as_name(_base_name(tree))
         else:
             raise UsageError(
-                f"{tree.root} is a single file: which model shall hold it?",
+                f"{tree.root} is a single file and needs a model to hold it",
                 path=str(tree.root),
                 remedy="pass --name MODEL for a new model, or --into MODEL for an existing one",
             )
@@ -274,7 +277,7 @@ class Adder:
             plan.bring_file(file.path, file)
             kept = self._unchanged(file, old)
             # What is to be removed afterwards is read, whatever its size and time say.
-            if kept is not None and not options.remove_source:
+            if kept is not None and not (options.remove_source or options.checksum):
                 plan.kept[file.path] = kept
         if old is not None:
             plan.removed_count = len(old.files.keys() - plan.files.keys())

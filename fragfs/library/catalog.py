@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fragfs.errors import FormatError, NotFoundError, StorageError
+from fragfs.library.files import storage_error
 from fragfs.types import (
     LIBRARY_FORMAT_VERSION,
     SHARED_INODE_BYTES_MIN,
@@ -171,8 +172,9 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
 class _ThreadConnection:
     """A thread's connection, closed when the thread ends or the catalog is closed."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, identity: tuple[int, ...] | None) -> None:
         self.connection = connection
+        self.identity = identity
         self._process = os.getpid()
 
     def close(self) -> None:
@@ -204,7 +206,8 @@ class Catalog:
         self._opened: weakref.WeakSet[_ThreadConnection] = weakref.WeakSet()
         self._opened_lock = threading.Lock()
         self._process = os.getpid()
-        if not self.path.exists():
+        self._identity = _identity(self.path)
+        if self._identity is None:
             raise NotFoundError(
                 f"no fragfs library in {directory}",
                 path=str(directory),
@@ -217,6 +220,7 @@ class Catalog:
                 raise
             self.path = directory / SNAPSHOT_NAME
             self.read_only = True
+            self._identity = _identity(self.path)
         self._check_version()
 
     def _check_version(self) -> None:
@@ -243,8 +247,11 @@ class Catalog:
     def connection(self) -> sqlite3.Connection:
         """This thread's connection, read-only and in autocommit mode."""
         held: _ThreadConnection | None = getattr(self._local, "held", None)
+        if self.read_only and held is not None and _identity(self.path) != held.identity:
+            held = None  # a newer snapshot has taken its place
         if held is None:
-            held = _ThreadConnection(self._connect(writable=False))
+            identity = _identity(self.path)
+            held = _ThreadConnection(self._connect(writable=False), identity)
             self._local.held = held
             with self._opened_lock:
                 self._opened.add(held)
@@ -255,6 +262,13 @@ class Catalog:
     def _connect(self, *, writable: bool) -> sqlite3.Connection:
         if os.getpid() != self._process:
             raise _forked()
+        if not self.read_only and _identity(self.path) != self._identity:
+            # Numbers of another catalog, even an older one of the same library, mean other bytes.
+            raise StorageError(
+                f"the library in {self._directory} was moved away or replaced while it was in use",
+                path=str(self._directory),
+                remedy="put it back, or unmount and open it again",
+            )
         # A snapshot is never changed in place, only replaced by rename: immutable is true of it.
         mode = "mode=ro&immutable=1" if self.read_only else "mode=rw"
         uri = f"{self.path.absolute().as_uri()}?{mode}"
@@ -326,6 +340,8 @@ class Catalog:
 
         Compare only values that the same thread got: SQLite counts per connection.
         """
+        if self.read_only:
+            return hash(_identity(self.path))
         found = self.row("PRAGMA data_version")
         return int(found[0]) if found else 0
 
@@ -371,6 +387,23 @@ class Catalog:
         """The first number of an AUTOINCREMENT table that was never used."""
         found = self.row("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
         return int(found[0]) + 1 if found else 1
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Tells a file from another that took its name; None if there is none.
+
+    Raises:
+        StorageError: This user may not look.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise storage_error(error, f"cannot look into the library in {path.parent}") from error
+    if path.name == SNAPSHOT_NAME:
+        return status.st_dev, status.st_ino, status.st_mtime_ns
+    return status.st_dev, status.st_ino
 
 
 def _forked() -> StorageError:

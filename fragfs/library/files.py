@@ -44,8 +44,11 @@ def storage_error(error: OSError, what: str) -> StorageError:
     )
 
 
+_VERBS = {"open_read": "open", "open_append": "open", "read_at": "read", "names": "list"}
+
+
 def _translated(function: Callable[P, T]) -> Callable[P, T]:
-    verb = function.__name__.replace("_", " ")
+    verb = _VERBS.get(function.__name__, function.__name__.replace("_", " "))
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:

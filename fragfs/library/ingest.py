@@ -300,10 +300,7 @@ class Ingester:
         if staged.known is not None:
             metadata = self._batch.replace_fragment(staged.fragment, staged.known.number)
             self._replaced[metadata.number] = metadata
-            totals.healed.append(
-                f"fragment {metadata.id.short}, damaged in {where(staged.known)}"
-                f" ({staged.damage}), now in {where(metadata)}"
-            )
+            totals.healed.append(f"{staged.damage}; a good copy is now in {where(metadata)}")
             totals.new_bytes += metadata.record_size
             return metadata
         count = self._batch.fragment_count

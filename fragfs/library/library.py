@@ -502,7 +502,7 @@ class FragmentLibrary:
         Raises:
             NotFoundError: No such model.
             UsageError: The destination holds something.
-            IntegrityError: A stored fragment is damaged.
+            StorageError: It cannot be written.
         """
         from fragfs.library.readback import export_files
 

@@ -38,6 +38,11 @@ def as_name(name: str | bytes) -> bytes:
         raise UsageError("a name is empty")
     if b"\0" in raw:
         raise UsageError(f"the name {shown} contains a NUL byte")
+    if raw.startswith(b"/") or raw.endswith(b"/"):
+        raise UsageError(
+            f"{shown} starts or ends with a slash: that is a path, not a name in the library",
+            remedy='use a relative name such as "org/name"',
+        )
     for component in raw.split(b"/"):
         if component in (b"", b".", b".."):
             raise UsageError(

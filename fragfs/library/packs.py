@@ -6,6 +6,7 @@ that kills the daemon.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -121,11 +122,14 @@ class PackReader:
         except StorageError as error:
             if error.retryable:
                 raise
+            may_not = error.errno in (errno.EACCES, errno.EPERM)
             raise StorageError(
-                f"pack {number} cannot be opened: {error.message}",
+                f"pack {number}: {error.message}",
                 path=str(path),
                 errno=error.errno,
-                remedy="restore the pack from a backup",
+                remedy="ask the library's owner for permission to read it"
+                if may_not
+                else "restore the pack from a backup",
             ) from error
         header = parse_pack_header(
             self._files.read_at(pack.descriptor, PACK_HEADER.size, 0), str(path)

@@ -124,14 +124,13 @@ def check_new_name(catalog: Catalog, name: bytes) -> None:
     if catalog.row("SELECT 1 FROM models WHERE name = ?", (name,)):
         raise UsageError(
             f"the library has a model named {shown} already",
-            remedy=f"choose another --name, re-add what changed with --update, or remove it first:"
-            f" fragfs rm {shown}",
+            remedy="choose another name, or pass --update to an add to bring it up to date",
         )
     for parent in parents(name)[:-1]:
         if catalog.row("SELECT 1 FROM models WHERE name = ?", (parent,)):
             raise UsageError(
                 f"{shown} would lie inside the model {printable(parent)}",
-                remedy="choose a name outside it, or add the files to it with --into",
+                remedy="choose a name outside it, or add files to it with --into",
             )
     if catalog.row("SELECT 1 FROM folders WHERE path = ?", (name,)):
         raise UsageError(

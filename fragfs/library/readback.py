@@ -51,10 +51,17 @@ class VerifiedFile:
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export wrote."""
+    """What an export wrote.
+
+    Attributes:
+        file_count: Files written.
+        logical_bytes: Their bytes.
+        failed: (path, error) of files that are damaged in the library and were not written.
+    """
 
     file_count: int
     logical_bytes: int
+    failed: tuple[tuple[bytes, FragmentError], ...]
 
 
 def read_content(
@@ -166,7 +173,6 @@ def export_files(
 
     Raises:
         UsageError: The destination holds something.
-        IntegrityError: What was decoded is not what was added; the file is not left behind.
         StorageError: It cannot be written.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -177,6 +183,7 @@ def export_files(
         )
     total = sum(file.size for file in files)
     progress.start("exporting", total)
+    failed: list[tuple[bytes, FragmentError]] = []
     try:
         for path, _, _ in sorted(directories):
             (destination / os.fsdecode(path)).mkdir(parents=True, exist_ok=True)
@@ -184,14 +191,20 @@ def export_files(
             for file in files:
                 progress.note(printable(file.path))
                 target = destination / os.fsdecode(file.path)
-                _export_file(file, open_content(file.content), target, decode, pool, progress)
+                try:
+                    _export_file(file, open_content(file.content), target, decode, pool, progress)
+                except FragmentError as error:
+                    # One damaged file must not cost the others: they may be all that is left.
+                    failed.append((file.path, error))
         for path, mode, mtime_ns in sorted(directories, reverse=True):
             directory = destination / os.fsdecode(path)
             directory.chmod(mode)
             os.utime(directory, ns=(mtime_ns, mtime_ns))
     except OSError as error:
         raise storage_error(error, f"cannot export to {destination}") from error
-    return ExportReport(len(files), total)
+    lost = {path for path, _ in failed}
+    written = [file.size for file in files if file.path not in lost]
+    return ExportReport(len(written), sum(written), tuple(failed))
 
 
 def _export_file(

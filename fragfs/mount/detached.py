@@ -8,6 +8,7 @@ exist; it makes the daemon a child of init, so that nobody has to reap it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -69,7 +70,9 @@ def _redirect_output() -> None:
 
 
 def _tell(pipe: int, message: dict[str, Any]) -> None:
-    os.write(pipe, json.dumps(message).encode() + b"\n")
+    # Whoever started the mount may have given up and gone.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(pipe, json.dumps(message).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -279,7 +279,10 @@ class MountOperations(pyfuse3.Operations):
         return attributes
 
     def _read_statfs(self) -> StatvfsData:
-        below = os.statvfs(self._library.path)
+        try:
+            below = os.statvfs(self._library.path)
+        except OSError as error:
+            raise FUSEError(error.errno or errno.EIO) from error
         data = StatvfsData()
         data.f_bsize = below.f_bsize
         data.f_frsize = below.f_frsize

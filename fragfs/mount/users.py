@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fragfs.library.names import printable
 from fragfs.mount.table import MountEntry
 
 __all__ = ["MountUser", "describe_users", "find_servers", "find_users"]
 
 _LISTED_MAX = 10
+_COMMAND_LENGTH_MAX = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,9 @@ def _has_mapping(process: Path, device: str) -> bool:
 def _command(process: Path) -> str:
     try:
         words = (process / "cmdline").read_bytes().split(b"\0")
-        text = os.fsdecode(b" ".join(words)).strip()
-        return text or (process / "comm").read_text().strip()
+        text = b" ".join(words).strip() or (process / "comm").read_bytes().strip()
     except OSError:
         return "?"
+    # Anybody chooses their own command line: no line breaks and no novels in logs and messages.
+    shown = printable(text)
+    return shown if len(shown) <= _COMMAND_LENGTH_MAX else shown[:_COMMAND_LENGTH_MAX] + "..."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fragfs.errors import IntegrityError
 from fragfs.library.extents import OpenContent
-from fragfs.reader.ahead import SequentialReads
 from fragfs.reader.fetch import FragmentFetcher
 from fragfs.reader.plan import Piece, plan_read
 
@@ -13,11 +12,6 @@ __all__ = ["FileReader"]
 _AHEAD_MAX = 8
 """Pieces of one read whose decodes are started while an earlier one is awaited. A request is at
 most 1 MiB, two to four fragments of the usual size; more would only fill the queue."""
-
-
-_FRAGMENTS_AHEAD = 2
-"""Fragments decoded ahead of a sequential reader: the first read of a bf16 file through a mount on
-two cores ran 1.5 to 2 times as fast as with none (see `tools/bench`, section read)."""
 
 
 class FileReader:
@@ -31,7 +25,6 @@ class FileReader:
 
     def __init__(self, fetcher: FragmentFetcher) -> None:
         self._fetcher = fetcher
-        self._sequential = SequentialReads()
 
     async def read(self, content: OpenContent, offset: int, size: int) -> memoryview | bytearray:
         """Read exactly `min(size, max(0, end - offset))` bytes.
@@ -50,9 +43,6 @@ class FileReader:
             FragmentError: A fragment cannot be decoded, or is shorter than the extents say.
         """
         pieces = plan_read(content.extents, offset, size)
-        end = min(offset + size, content.size)
-        if self._sequential.observe(content.number, offset, end):
-            self._begin_ahead(content, end)
         if len(pieces) == 1:
             return await self._piece(pieces[0])
         assembled = bytearray(sum(piece.size for piece in pieces))
@@ -64,15 +54,6 @@ class FileReader:
             assembled[position : position + piece.size] = await self._piece(piece)
             position += piece.size
         return assembled
-
-    def _begin_ahead(self, content: OpenContent, end: int) -> None:
-        if end >= content.size:
-            return
-        extents = content.extents
-        # The reader may be in the middle of a fragment: that one is its own to wait for.
-        following = extents.index_at(end - 1) + 1
-        for index in range(following, min(following + _FRAGMENTS_AHEAD, len(extents))):
-            self._fetcher.begin_nowait(extents.fragments[index])
 
     async def _piece(self, piece: Piece) -> memoryview:
         raw = await self._fetcher.fetch(piece.fragment)

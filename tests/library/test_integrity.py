@@ -72,7 +72,7 @@ def test_a_missing_pack_is_named_and_healed(filled, tmp_path):
     (filled.path / "packs" / "0000000001.pack").unlink()
     again = FragmentLibrary.open(filled.path)
     errors = [item.error for item in again.verify() if item.error]
-    assert "pack 1 cannot be opened" in str(errors[0])
+    assert "pack 1: cannot open" in str(errors[0])
     again.add([make_model(tmp_path / "b")], AddOptions())
     assert not [item for item in again.verify() if item.error]
     again.close()
@@ -217,3 +217,84 @@ def test_the_snapshot_serves_whoever_cannot_open_the_catalog(filled, monkeypatch
         assert not [item for item in library.verify() if item.error]
         with pytest.raises(StorageError, match="cannot change"):
             library.remove("a")
+
+
+def test_one_damaged_fragment_is_replaced_once(tmp_path, filled):
+    number = largest(filled)
+    damage(filled, number)
+    source = make_model(tmp_path / "b")
+    twice = source / "again.safetensors"
+    twice.write_bytes((source / "model.safetensors").read_bytes() + b"x")
+    report = filled.add([source], AddOptions(force=True))
+    assert len(report.healed) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"garbage" * 100])
+def test_a_pack_without_a_header_is_healed(filled, tmp_path, content):
+    (filled.path / "packs" / "0000000001.pack").write_bytes(content)
+    with FragmentLibrary.open(filled.path) as again:
+        assert [item for item in again.verify() if item.error]
+        assert again.add([make_model(tmp_path / "b")], AddOptions()).healed
+        assert not [item for item in again.verify() if item.error]
+
+
+def test_a_missing_open_pack_does_not_stop_writers(tmp_path):
+    path = tmp_path / "lib"
+    with FragmentLibrary.create(path) as library:
+        library.add([make_model(tmp_path / "a")], AddOptions())
+        library.add([make_model(tmp_path / "b", seed=4)], AddOptions())
+    (path / "packs" / "0000000001.pack").unlink()
+    with FragmentLibrary.open(path) as library:
+        library.remove("b")
+        assert [model.name for model in library.models()] == [b"a"]
+
+
+def test_a_library_that_was_replaced_is_not_read_on(filled, tmp_path):
+    import shutil
+    import threading
+
+    copy = tmp_path / "copy"
+    shutil.copytree(filled.path, copy)
+    filled.path.rename(tmp_path / "old")
+    copy.rename(filled.path)
+    errors = []
+
+    def read():
+        try:
+            filled.decode_fragment(1, NO_SOURCE)
+        except StorageError as error:
+            errors.append(str(error))
+
+    # Another thread opens its own connection: by path, hence to another catalog.
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    assert "moved away or replaced" in errors[0]
+
+
+def test_leavings_in_staging_are_removed_by_the_next_writer(filled, tmp_path):
+    staging = filled.path / "staging"
+    for name in ("catalog.snapshot.999999", "batch.intent.999999"):
+        (staging / name).write_bytes(b"left by a killed process")
+    filled.add([make_model(tmp_path / "b")], AddOptions())
+    assert list(staging.iterdir()) == []
+
+
+def test_the_snapshot_is_as_new_as_the_catalog_whoever_writes_last(filled, tmp_path):
+    for seed in range(3):
+        source = make_model(tmp_path / f"s{seed}", seed=seed, rows=20)
+        with FragmentLibrary.open(filled.path) as other:
+            other.add([source], AddOptions())
+    snapshot = sqlite3.connect(filled.path / "catalog.snapshot")
+    names = {row[0] for row in snapshot.execute("SELECT name FROM models")}
+    snapshot.close()
+    assert names == {model.name for model in filled.models()}
+
+
+def test_a_damaged_file_does_not_cost_an_export_the_others(filled, tmp_path):
+    damage(filled, largest(filled))
+    report = filled.export("a", tmp_path / "out")
+    assert [path for path, _ in report.failed] == [b"model.safetensors"]
+    expected = digests(tmp_path / "a")
+    del expected["model.safetensors"]
+    assert digests(tmp_path / "out") == expected
