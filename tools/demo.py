@@ -3,7 +3,7 @@
 Takes a model of 91 MB, makes the copies of it that pile up on people's disks (other precisions, a
 partial fine-tune, renamed tensors), adds them to a library with the `fragfs` command, reads them
 back through a mount as any program would, and compares every tensor and every byte. Leaves
-nothing behind.
+nothing behind unless asked to.
 """
 
 from __future__ import annotations
@@ -64,11 +64,16 @@ def main() -> int:
     parser.add_argument(
         "--synthetic", action="store_true", help="make a small model instead of fetching one"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the models in .demo/originals, to play with"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with workspace() as place:
             run(place, synthetic=arguments.synthetic)
+            if arguments.keep:
+                keep(place / "originals")
     except DemoError as error:
         console.print(f"[bold red]The demo failed:[/] {escape(str(error))}")
         return 1
@@ -95,6 +100,13 @@ def workspace() -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
         with suppress(OSError):
             parent.rmdir()
+
+
+def keep(originals: Path) -> None:
+    kept = ROOT / ".demo" / "originals"
+    shutil.rmtree(kept, ignore_errors=True)
+    originals.rename(kept)
+    console.print(f"The models stay in {kept.relative_to(ROOT)}; remove them when you like.")
 
 
 def run(place: Path, *, synthetic: bool) -> None:
