@@ -25,6 +25,7 @@ PUBLIC_NAMES = set(
 )
 
 FOREIGN_OPTIONS = {
+    "--keep",
     # vLLM and SGLang
     "--safetensors-load-strategy",
     "--weight-loader-prefetch-checkpoints",
