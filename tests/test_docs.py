@@ -25,7 +25,8 @@ PUBLIC_NAMES = set(
 )
 
 FOREIGN_OPTIONS = {
-    "--keep",
+    "--keep",  # of tools/demo.py
+    "--large",  # of tools/bench
     # vLLM and SGLang
     "--safetensors-load-strategy",
     "--weight-loader-prefetch-checkpoints",

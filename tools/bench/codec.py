@@ -148,7 +148,7 @@ def measure_codec(setting: Setting) -> list[Table]:
         notes=[
             "Median of rounds that run everything once, in changing order, on one core, over"
             f" tensors of {setting.model_name}; ratios are medians of the ratios within a round."
-            " Reading: the record's and the decoded bytes' XXH3 are checked, as in every read of a"
+            " Reading: XXH3 of the record's header and of the decoded bytes, as in every read of a"
             " library. Adding: BLAKE3, encoding, decoding it again, comparing, XXH3. zipnn checks"
             " nothing."
         ],
