@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import traceback
 from typing import Any
 
-from fragfs.errors import FragmentError
+from fragfs.errors import FragmentError, StorageError
 from fragfs.mount.options import MountOptions
 
 __all__ = ["main"]
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str]) -> int:
@@ -28,17 +31,21 @@ def main(arguments: list[str]) -> int:
     options = MountOptions.from_json(sys.stdin.read())
     if os.fork():
         os._exit(0)
-    _tell(pipe, {"pid": os.getpid()})
     ready = False
 
     def on_ready() -> None:
         nonlocal ready
         ready = True
         _redirect_output()
-        _tell(pipe, {"ready": True})
+        try:
+            _tell(pipe, {"ready": True})
+        except BrokenPipeError as error:
+            log.info("whoever started the mount has given up waiting for it: ending")
+            raise StorageError("nobody waits for the mount any more") from error
         os.close(pipe)
 
     try:
+        _tell(pipe, {"pid": os.getpid()})
         from fragfs.mount.daemon import run
 
         return run(options, on_ready, foreground=False)
@@ -46,7 +53,8 @@ def main(arguments: list[str]) -> int:
         if not ready:
             if not isinstance(error, FragmentError):
                 traceback.print_exc()
-            _tell(pipe, _describe(error))
+            with contextlib.suppress(BrokenPipeError):
+                _tell(pipe, _describe(error))
         return 1
 
 
@@ -70,9 +78,7 @@ def _redirect_output() -> None:
 
 
 def _tell(pipe: int, message: dict[str, Any]) -> None:
-    # Whoever started the mount may have given up and gone.
-    with contextlib.suppress(BrokenPipeError):
-        os.write(pipe, json.dumps(message).encode() + b"\n")
+    os.write(pipe, json.dumps(message).encode() + b"\n")
 
 
 if __name__ == "__main__":
