@@ -92,7 +92,7 @@ class FragmentDecoder:
             return raw
         metadata = self._catalog.fragment(number)
         # The check of the raw bytes covers the stored ones, which are only hashed to find out what
-        # is wrong: one pass over memory less, 7 % of a warm decode.
+        # is wrong: one pass over memory less, 3.5 % of a warm decode (bf16, EPYC, 2026-11).
         fragment = self.read_record(metadata, check_stored=False)
         try:
             raw = self._decode_record(fragment, metadata)
