@@ -162,7 +162,9 @@ def start_mount(options: MountOptions, *, quiet: bool) -> None:
 )
 @click.argument("mountpoint", type=Path)
 @click.option("--lazy", is_flag=True, help="Detach now; those who still read go on.")
-@click.option("--force", is_flag=True, help="Cut off who still reads; for root.")
+@click.option(
+    "--force", is_flag=True, help="Cut off who still reads; for root and for who mounted it."
+)
 @shared_options()
 @pass_session
 def umount_command(session: Session, mountpoint: Path, lazy: bool, force: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -157,17 +157,6 @@ class ExtentMapBuilder:
         self._fragments.append(fragment)
         self._offsets.append(fragment_offset)
         self._kinds.append(kind | (_FIRST if first else 0))
-
-    def extend(self, extents: Iterable[Extent]) -> None:
-        """Add extents that follow."""
-        for extent in extents:
-            self.append(
-                extent.size,
-                extent.fragment,
-                extent.fragment_offset,
-                extent.kind,
-                first=extent.first,
-            )
 
     def build(self) -> ExtentMap:
         """The finished map."""

@@ -313,14 +313,6 @@ class FragmentLibrary:
             )
         ]
 
-    def models_of_fragment(self, number: int) -> list[bytes]:
-        """Names of the models that need a fragment. Reads all extents: for error reports."""
-        found: set[bytes] = set()
-        for content, blob in self._catalog.rows("SELECT number, extents FROM contents"):
-            if number in ExtentMap.parse(blob).fragments:
-                found.update(self.models_of_content(content))
-        return sorted(found)
-
     def fragment(self, number: int) -> FragmentMetadata:
         """Where a fragment is stored.
 

@@ -143,12 +143,6 @@ class Batch:
         self._record_count = 0
         self._batch_offset = 0
         self._headers = xxhash.xxh3_64()
-        self.committed = False
-
-    @property
-    def is_empty(self) -> bool:
-        """True while nothing was appended."""
-        return self._record_count == 0
 
     @property
     def fragment_count(self) -> int:
@@ -266,7 +260,6 @@ class Batch:
             )
             if apply is not None:
                 apply(connection)
-        self.committed = True
         self._writer.remove_intent()
 
     def close(self) -> None:

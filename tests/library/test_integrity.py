@@ -56,7 +56,6 @@ def test_a_flipped_bit_is_an_error_that_names_everything(filled, at):
     assert caught.value.fragment == meta.id.hex()
     bad = [item for item in filled.verify() if item.error]
     assert [item.path for item in bad] == [b"model.safetensors"]
-    assert filled.models_of_fragment(number) == [b"a"]
 
 
 def test_adding_good_bytes_again_heals_a_damaged_record(filled, tmp_path):
