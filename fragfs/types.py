@@ -16,6 +16,7 @@ __all__ = [
     "DTYPES_BY_NAME",
     "FRAGMENT_BYTES_MAX",
     "LIBRARY_FORMAT_VERSION",
+    "PREDICTORS_FROM_BASES",
     "SHARED_INODE_BYTES_MIN",
     "Dtype",
     "Extent",
@@ -25,6 +26,7 @@ __all__ = [
     "FragmentMetadata",
     "FragmentType",
     "LayerMapping",
+    "Level",
     "LibraryConfig",
     "LibraryStats",
     "ModelInfo",
@@ -34,7 +36,7 @@ __all__ = [
     "TensorRef",
 ]
 
-LIBRARY_FORMAT_VERSION = 1
+LIBRARY_FORMAT_VERSION = 2
 """Version of the on-disk format. Newer libraries are refused, older ones migrated."""
 
 FRAGMENT_BYTES_MAX = 16 << 20
@@ -153,6 +155,34 @@ class Predictor(enum.IntEnum):
     CONSTANT = 1
     ZSTD = 2
     PLANES = 3
+    DELTA = 4
+    SPARSE = 5
+    CAST = 6
+    BLEND = 7
+    QUANTIZE = 8
+
+
+PREDICTORS_FROM_BASES = frozenset(
+    (
+        Predictor.DELTA,
+        Predictor.SPARSE,
+        Predictor.CAST,
+        Predictor.BLEND,
+        Predictor.QUANTIZE,
+    )
+)
+"""Predictors that read other fragments."""
+
+
+class Level(enum.IntEnum):
+    """What encodings a library prefers. Codes are on disk.
+
+    FAST decodes quickest, SMALL stores least; BALANCED groups residuals where that saves enough.
+    """
+
+    BALANCED = 0
+    FAST = 1
+    SMALL = 2
 
 
 class SpanKind(enum.IntEnum):
@@ -426,15 +456,18 @@ class LibraryConfig:
     Attributes:
         fragment_elements: Elements of a tensor per fragment; a power of two in [2**12, 2**21].
             Siblings are matched fragment by fragment, so it never changes afterwards.
-        closure_max: How many fragments one read may have to decode, itself included; 1 to 8.
+        closure_max: How many fragments one read may have to decode, itself included; 1 to 8. A
+            merge of two fine-tunes of a stored model takes four.
         zstd_level: Level for bytes that are not tensors; 1 to 19.
         pack_bytes_max: A pack is sealed once it has this many bytes; 2**20 to 2**34.
+        level: What encodings to prefer.
     """
 
     fragment_elements: int = 1 << 19
-    closure_max: int = 3
+    closure_max: int = 4
     zstd_level: int = 12
     pack_bytes_max: int = 256 << 20
+    level: Level = Level.BALANCED
 
     def __post_init__(self) -> None:
         elements = self.fragment_elements

@@ -8,6 +8,7 @@ zstd objects must not be used by two threads at once, so each thread keeps its o
 
 from __future__ import annotations
 
+import enum
 import threading
 from typing import TypeAlias
 
@@ -19,11 +20,13 @@ from fragfs.errors import FormatError
 
 __all__ = [
     "Bytes",
+    "Method",
     "compress_bytes",
     "compress_plane",
     "decompress",
     "decompress_into",
     "estimate_matches",
+    "store_plane",
 ]
 
 Bytes: TypeAlias = bytes | memoryview
@@ -48,6 +51,14 @@ spend 20 ms per MiB on them."""
 
 _LEVEL_HUFFMAN = 0
 """Key of the compressor that is tuned to do nothing but Huffman coding; levels start at 1."""
+
+
+class Method(enum.IntEnum):
+    """How one run of bytes is stored. Codes are on disk."""
+
+    RAW = 0
+    CONSTANT = 1
+    ZSTD = 2
 
 
 class _Coders(threading.local):
@@ -106,6 +117,22 @@ def compress_bytes(data: memoryview, level: int) -> bytes | None:
     return best if len(best) < len(data) else None
 
 
+def store_plane(plane: NDArray[np.uint8], level: int) -> tuple[Method, Bytes]:
+    """Store one plane the smallest way that a sample suggests.
+
+    Args:
+        plane: uint8, one-dimensional, contiguous, not empty.
+        level: zstd level for planes in which matches pay, 1 to 19.
+
+    Returns:
+        The method and what to store: for RAW a view of `plane`.
+    """
+    if plane[0] == plane[-1] and plane.min() == plane.max():
+        return Method.CONSTANT, plane[:1].tobytes()
+    stored = compress_plane(plane, level)
+    return (Method.RAW, plane.data) if stored is None else (Method.ZSTD, stored)
+
+
 def compress_plane(plane: NDArray[np.uint8], level: int) -> bytes | None:
     """Compress one byte plane, choosing by a sample between Huffman, match finding and nothing.
 
@@ -117,11 +144,13 @@ def compress_plane(plane: NDArray[np.uint8], level: int) -> bytes | None:
         One zstd frame, or None if the plane should stay as it is.
     """
     sample = _sample(plane)
-    huffman_size = len(_coders.compressor(_LEVEL_HUFFMAN).compress(sample))
-    quick_size = len(_coders.compressor(_QUICK_LEVEL).compress(sample))
+    huffman = _coders.compressor(_LEVEL_HUFFMAN).compress(sample)
+    quick = _coders.compressor(_QUICK_LEVEL).compress(sample)
+    huffman_size, quick_size = len(huffman), len(quick)
     if min(huffman_size, quick_size) > _SHRINK_MIN * len(sample):
         return None
-    stored = _coders.compressor(_LEVEL_HUFFMAN).compress(plane.data)
+    is_whole = len(sample) == plane.size
+    stored = huffman if is_whole else _coders.compressor(_LEVEL_HUFFMAN).compress(plane.data)
     if quick_size < _MATCHES_PAY * huffman_size:
         stored = min(stored, _coders.compressor(level).compress(plane.data), key=len)
     return stored if len(stored) <= _SHRINK_MIN * plane.size else None

@@ -13,16 +13,15 @@ Format: library/FORMAT.md, "Planes".
 
 from __future__ import annotations
 
-import enum
 import struct
-import threading
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fragfs.codec.entropy import Bytes, compress_plane, decompress_into
+from fragfs.codec.entropy import Bytes, Method, decompress_into, store_plane
+from fragfs.codec.scratch import ScratchMemory
 from fragfs.errors import FormatError
 
 __all__ = ["LEAD_BITS_MAX", "decode_planes", "encode_planes"]
@@ -39,14 +38,6 @@ _BLOCK_ELEMENTS = 1 << 18
 of bf16 takes 180 us in blocks of 2**15, 108 us in blocks of 2**18 (EPYC, 1 MiB L2 per core)."""
 
 _UPGRADE = "upgrade fragfs"
-
-
-class _Method(enum.IntEnum):
-    """How one plane is stored. Codes are on disk."""
-
-    RAW = 0
-    CONSTANT = 1
-    ZSTD = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +70,7 @@ class _Layout:
 class _Plane:
     """One plane as stored: `position` and `width` are bytes of an element, from its low end."""
 
-    method: _Method
+    method: Method
     position: int
     width: int
     stored: Bytes
@@ -137,13 +128,8 @@ def decode_planes(params: Bytes, payload: memoryview, unit: int, raw_size: int) 
 
 
 def _encode_plane(words: Words, layout: _Layout, position: int, level: int) -> _Plane:
-    plane = _cut(words, layout, position)
-    if plane.min() == plane.max():
-        return _Plane(_Method.CONSTANT, position, 1, plane[:1].tobytes())
-    stored = compress_plane(plane, level)
-    if stored is None:
-        return _Plane(_Method.RAW, position, 1, plane.data)
-    return _Plane(_Method.ZSTD, position, 1, stored)
+    method, stored = store_plane(_cut(words, layout, position), level)
+    return _Plane(method, position, 1, stored)
 
 
 def _cut(words: Words, layout: _Layout, position: int) -> NDArray[np.uint8]:
@@ -167,14 +153,14 @@ def _group_raw(planes: list[_Plane], words: Words) -> list[_Plane]:
     position = 0
     while position < len(planes):
         run = 0
-        while position + run < low_size and planes[position + run].method is _Method.RAW:
+        while position + run < low_size and planes[position + run].method is Method.RAW:
             run += 1
         width = next((width for width in (4, 2) if width <= run), 1)
         if width == 1:
             grouped.append(planes[position])
         else:
             joined = (words >> words.dtype.type(8 * position)).astype(f"<u{width}")
-            grouped.append(_Plane(_Method.RAW, position, width, joined.tobytes()))
+            grouped.append(_Plane(Method.RAW, position, width, joined.tobytes()))
         position += width
     return grouped
 
@@ -211,13 +197,13 @@ def _parse(
     return _Layout(unit, lead), planes
 
 
-def _parse_method(packed: int) -> tuple[_Method, int]:
+def _parse_method(packed: int) -> tuple[Method, int]:
     width = 1 << (packed >> 4)
     try:
-        method = _Method(packed & 0xF)
+        method = Method(packed & 0xF)
     except ValueError:
         raise FormatError("unknown plane method", remedy=_UPGRADE, actual=packed) from None
-    if width > 4 or (width > 1 and method is not _Method.RAW):
+    if width > 4 or (width > 1 and method is not Method.RAW):
         raise FormatError("unknown plane width", remedy=_UPGRADE, actual=packed)
     return method, width
 
@@ -239,34 +225,17 @@ class _Parts:
     constant: int
 
 
-class _Memory(threading.local):
-    """The calling thread's scratch memory, as large as its largest fragment has needed."""
-
-    def __init__(self) -> None:
-        self._buffer = np.empty(0, np.uint8)
-
-    def take(self, size: int) -> NDArray[np.uint8]:
-        if self._buffer.size < size:
-            self._buffer = np.empty(size, np.uint8)
-        return self._buffer[:size]
-
-
-_memory = _Memory()
+_memory = ScratchMemory()
 
 
 class _Scratch:
-    """Where one fragment is taken apart; valid until this thread decodes the next one.
-
-    Kept between fragments because memory fresh from the system is slow: with all temporaries
-    allocated anew, 1 MiB of bf16 took 1.4 ms in a young process and 0.4 ms in one whose allocator
-    had stopped giving pages back (EPYC, glibc 2.36).
-    """
+    """Where one fragment is taken apart; valid until this thread decodes the next one."""
 
     def __init__(self, layout: _Layout, planes: list[_Plane], count: int) -> None:
         block = min(_BLOCK_ELEMENTS, count)
         wide_size = layout.unit * block
         words_size = wide_size + 4 * block
-        plane_count = sum(plane.method is _Method.ZSTD for plane in planes)
+        plane_count = sum(plane.method is Method.ZSTD for plane in planes)
         memory = _memory.take(words_size + plane_count * count)
         self.wide: Words = memory[:wide_size].view(layout.word)
         self.tops, self.spares = memory[wide_size:words_size].view("<u2").reshape(2, block)
@@ -277,10 +246,10 @@ def _decode_parts(planes: list[_Plane], layout: _Layout, count: int, scratch: _S
     constant = 0
     decoded: list[Words | None] = []
     for plane in planes:
-        if plane.method is _Method.CONSTANT:
+        if plane.method is Method.CONSTANT:
             constant |= _place(_constant(plane), plane.position, layout)
             decoded.append(None)
-        elif plane.method is _Method.ZSTD:
+        elif plane.method is Method.ZSTD:
             into = next(scratch.planes)
             decompress_into(plane.stored, into.data)
             decoded.append(into)

@@ -25,6 +25,7 @@ from fragfs.types import (
     SHARED_INODE_BYTES_MIN,
     FragmentId,
     FragmentMetadata,
+    Level,
     LibraryConfig,
 )
 
@@ -45,6 +46,26 @@ APPLICATION_ID = 0x46524147
 FIRST_CONTENT = 1024
 """Content numbers are inode numbers; the ones below are kept for a mount's own use."""
 
+_SIMILARITY_SCHEMA = """
+CREATE TABLE bases (
+    fragment INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    base INTEGER NOT NULL,
+    PRIMARY KEY (fragment, position)
+) WITHOUT ROWID;
+CREATE INDEX bases_base ON bases (base);
+CREATE TABLE signatures (
+    fragment INTEGER PRIMARY KEY,
+    sketch BLOB NOT NULL
+);
+CREATE TABLE similar (
+    key INTEGER NOT NULL,
+    fragment INTEGER NOT NULL,
+    PRIMARY KEY (key, fragment)
+) WITHOUT ROWID;
+"""
+"""What version 2 added: who is predicted from whom, and how base candidates are found."""
+
 SCHEMA = f"""
 CREATE TABLE library (
     only INTEGER PRIMARY KEY CHECK (only = 1),
@@ -54,7 +75,8 @@ CREATE TABLE library (
     zstd_level INTEGER NOT NULL,
     pack_bytes_max INTEGER NOT NULL,
     generation INTEGER NOT NULL,
-    batch BLOB NOT NULL
+    batch BLOB NOT NULL,
+    level INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE packs (
     number INTEGER PRIMARY KEY,
@@ -106,7 +128,12 @@ CREATE TABLE files (
     PRIMARY KEY (model, directory, name)
 ) WITHOUT ROWID;
 CREATE INDEX files_content ON files (content) WHERE content IS NOT NULL;
-"""
+{_SIMILARITY_SCHEMA}"""
+
+_MIGRATIONS = {
+    1: "ALTER TABLE library ADD COLUMN level INTEGER NOT NULL DEFAULT 0;" + _SIMILARITY_SCHEMA,
+}
+"""What brings a catalog of a version to the next one."""
 
 _FRAGMENT_COLUMNS = "number, id, pack, offset, record_size, raw_size, predictor"
 
@@ -124,7 +151,7 @@ def create_catalog(path: Path, uuid: bytes, config: LibraryConfig, now_ns: int) 
             for statement in SCHEMA.split(";"):
                 connection.execute(statement)
             connection.execute(
-                "INSERT INTO library VALUES (1, ?, ?, ?, ?, ?, 0, ?)",
+                "INSERT INTO library VALUES (1, ?, ?, ?, ?, ?, 0, ?, ?)",
                 (
                     uuid,
                     config.fragment_elements,
@@ -132,6 +159,7 @@ def create_catalog(path: Path, uuid: bytes, config: LibraryConfig, now_ns: int) 
                     config.zstd_level,
                     config.pack_bytes_max,
                     bytes(16),
+                    config.level,
                 ),
             )
             connection.execute("INSERT INTO folders VALUES (x'', x'', ?)", (now_ns,))
@@ -234,7 +262,17 @@ class Catalog:
                 path=str(self.path),
                 remedy="check the path, or restore the catalog from a backup",
             )
-        if version != LIBRARY_FORMAT_VERSION:
+        if version in _MIGRATIONS and self.read_only:
+            raise FormatError(
+                f"library format {version} must be brought to {LIBRARY_FORMAT_VERSION} first",
+                path=str(self.path),
+                remedy="ask the library's owner to run any fragfs command on it once",
+                expected=LIBRARY_FORMAT_VERSION,
+                actual=version,
+            )
+        if version in _MIGRATIONS:
+            self._migrate()
+        elif version != LIBRARY_FORMAT_VERSION:
             raise FormatError(
                 f"library format {version} is not the format this fragfs works with"
                 f" ({LIBRARY_FORMAT_VERSION})",
@@ -243,6 +281,22 @@ class Catalog:
                 expected=LIBRARY_FORMAT_VERSION,
                 actual=version,
             )
+
+    def _migrate(self) -> None:
+        """Bring an older catalog up to date, in one transaction.
+
+        Whoever has it open keeps working: tables are added, none is changed under a reader, and an
+        older fragfs refuses the records it does not know one by one.
+        """
+        with self.transaction() as connection:
+            while True:
+                # Read under the write lock: another process may have been quicker.
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                if version not in _MIGRATIONS:
+                    break
+                for statement in _MIGRATIONS[version].split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {version + 1}")
 
     def connection(self) -> sqlite3.Connection:
         """This thread's connection, read-only and in autocommit mode."""
@@ -348,7 +402,8 @@ class Catalog:
     def identity(self) -> tuple[bytes, LibraryConfig]:
         """The library's UUID and its fixed settings."""
         found = self.row(
-            "SELECT uuid, fragment_elements, closure_max, zstd_level, pack_bytes_max FROM library"
+            "SELECT uuid, fragment_elements, closure_max, zstd_level, pack_bytes_max, level"
+            " FROM library"
         )
         if found is None:
             raise FormatError(
@@ -356,8 +411,8 @@ class Catalog:
                 path=str(self.path),
                 remedy="restore it, with the packs, from one backup",
             )
-        uuid, elements, closure, level, pack_bytes = found
-        config = LibraryConfig(elements, closure, level, pack_bytes)
+        uuid, elements, closure, zstd_level, pack_bytes, level = found
+        config = LibraryConfig(elements, closure, zstd_level, pack_bytes, Level(level))
         return uuid, config
 
     def generation(self) -> tuple[int, bytes]:
@@ -382,6 +437,20 @@ class Catalog:
         """Where the fragment with this id is stored, or None."""
         found = self.row(f"SELECT {_FRAGMENT_COLUMNS} FROM fragments WHERE id = ?", (fragment,))
         return _metadata(found) if found else None
+
+    def bases(self, number: int) -> tuple[int, ...]:
+        """The fragments that the prediction of a fragment reads, in its order."""
+        found = self.rows("SELECT base FROM bases WHERE fragment = ? ORDER BY position", (number,))
+        return tuple(base for (base,) in found)
+
+    def dependents(self, number: int) -> list[int]:
+        """The fragments whose predictions read a fragment."""
+        return [
+            fragment
+            for (fragment,) in self.rows(
+                "SELECT DISTINCT fragment FROM bases WHERE base = ?", (number,)
+            )
+        ]
 
     def next_number(self, table: str) -> int:
         """The first number of an AUTOINCREMENT table that was never used."""

@@ -7,9 +7,10 @@ from typing import Protocol
 from fragfs.codec.encoding import decode
 from fragfs.errors import FormatError, FragmentError, IntegrityError
 from fragfs.library.catalog import Catalog
+from fragfs.library.closure import CLOSURE_LIMIT
 from fragfs.library.packs import PackReader
 from fragfs.library.records import checksum, parse_fragment_record
-from fragfs.types import Fragment, FragmentMetadata
+from fragfs.types import Fragment, FragmentId, FragmentMetadata
 
 __all__ = ["NO_SOURCE", "DecodedSource", "FragmentDecoder", "where"]
 
@@ -79,30 +80,85 @@ class FragmentDecoder:
     def decode(self, number: int, source: DecodedSource) -> memoryview:
         """The raw bytes of a fragment, read-only.
 
-        Blocks on disk and decodes in the calling thread. What had to be decoded is offered to
-        `source`.
+        Blocks on disk and decodes in the calling thread. What had to be decoded, bases included, is
+        offered to `source`.
 
         Raises:
             NotFoundError: No such fragment in the catalog.
-            IntegrityError: Stored bytes are damaged; names fragment, pack, offset and remedy.
-            StorageError: The pack cannot be read.
+            IntegrityError: Stored bytes are damaged, its own or a base's; names fragment, pack,
+                offset and remedy.
+            StorageError: A pack cannot be read.
         """
         raw = source.get(number)
         if raw is not None:
             return raw
-        metadata = self._catalog.fragment(number)
+        return self._decode(self._catalog.fragment(number), source, {}, ())
+
+    def _decode(
+        self,
+        metadata: FragmentMetadata,
+        source: DecodedSource,
+        decoded: dict[int, memoryview],
+        above: tuple[FragmentMetadata, ...],
+    ) -> memoryview:
+        """Decode a fragment after its bases.
+
+        Args:
+            metadata: The fragment.
+            source: Where decoded fragments may be.
+            decoded: What this call has decoded so far: two bases may have a base in common.
+            above: The fragments that are being decoded and need this one.
+        """
+        raw = decoded.get(metadata.number)
+        if raw is None and above:
+            raw = source.get(metadata.number)
+        if raw is not None:
+            return raw
         # The check of the raw bytes covers the stored ones, which are only hashed to find out what
         # is wrong: one pass over memory less, 3.5 % of a warm decode (bf16, EPYC, 2026-11).
         fragment = self.read_record(metadata, check_stored=False)
+        bases = [
+            self._decode(self._base(base, metadata, above), source, decoded, (*above, metadata))
+            for base in fragment.bases
+        ]
         try:
-            raw = self._decode_record(fragment, metadata)
+            raw = self._decode_record(fragment, metadata, bases)
         except FragmentError:
             self.read_record(metadata)
             raise
-        source.put(number, raw)
+        decoded[metadata.number] = raw
+        source.put(metadata.number, raw)
         return raw
 
-    def _decode_record(self, fragment: Fragment, metadata: FragmentMetadata) -> memoryview:
+    def _base(
+        self, base: FragmentId, metadata: FragmentMetadata, above: tuple[FragmentMetadata, ...]
+    ) -> FragmentMetadata:
+        """Where a base is stored.
+
+        Raises:
+            IntegrityError: It is missing, or needs itself.
+        """
+        found = self._catalog.find_fragment(base)
+        if found is None:
+            what = "which is not in the library"
+        elif found.number in {other.number for other in (*above, metadata)}:
+            what = "which is predicted from it"
+        elif len(above) + 2 > CLOSURE_LIMIT:
+            what = "and so on, further than any fragfs stores"
+        else:
+            return found
+        raise IntegrityError(
+            f"fragment {metadata.id.short} in {where(metadata)} is predicted from fragment"
+            f" {base.short}, {what}",
+            fragment=metadata.id.hex(),
+            offset=metadata.offset,
+            expected=base.hex(),
+            remedy=_REMEDY,
+        )
+
+    def _decode_record(
+        self, fragment: Fragment, metadata: FragmentMetadata, bases: list[memoryview]
+    ) -> memoryview:
         try:
             raw = decode(
                 fragment.predictor,
@@ -110,6 +166,7 @@ class FragmentDecoder:
                 fragment.params,
                 memoryview(fragment.payload),
                 fragment.raw_size,
+                bases,
             )
         except FormatError as error:
             raise _named(error, metadata) from error
@@ -125,6 +182,29 @@ class FragmentDecoder:
                 remedy=_REMEDY,
             )
         return raw.toreadonly()
+
+    def check_closure(self, metadata: FragmentMetadata, checked: set[int]) -> None:
+        """Check the stored bytes of a fragment and of all that its prediction reads.
+
+        Args:
+            metadata: The fragment.
+            checked: Numbers of fragments known to be good; what is found good is added.
+
+        Raises:
+            IntegrityError: A record is damaged, or a base is missing.
+            StorageError: A pack cannot be read.
+        """
+        self._check_closure(metadata, checked, ())
+
+    def _check_closure(
+        self, metadata: FragmentMetadata, checked: set[int], above: tuple[FragmentMetadata, ...]
+    ) -> None:
+        if metadata.number in checked:
+            return
+        fragment = self.read_record(metadata)
+        for base in fragment.bases:
+            self._check_closure(self._base(base, metadata, above), checked, (*above, metadata))
+        checked.add(metadata.number)
 
 
 def _named(error: FragmentError, metadata: FragmentMetadata) -> FragmentError:

@@ -16,24 +16,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
-import numpy as np
 from blake3 import blake3
 
-from fragfs.codec.encoding import decode, encode
-from fragfs.errors import FragmentError, IntegrityError, NotFoundError, StorageError
+from fragfs.errors import IntegrityError, LimitError, NotFoundError, StorageError
 from fragfs.formats.cut import plan_cuts
 from fragfs.formats.layout import Cut, Layout
 from fragfs.library.catalog import Catalog
 from fragfs.library.decode import FragmentDecoder, where
 from fragfs.library.extents import ExtentMapBuilder
 from fragfs.library.files import storage_error
+from fragfs.library.hints import TensorHints
 from fragfs.library.names import printable
+from fragfs.library.planning import BasePlanner, Hints, Planned
 from fragfs.library.progress import Progress
 from fragfs.library.publish import NewContent
-from fragfs.library.records import checksum
 from fragfs.library.source import SourceFile, check_unchanged, read_source
 from fragfs.library.writer import Batch
-from fragfs.types import Dtype, Fragment, FragmentId, FragmentMetadata, LibraryConfig, Predictor
+from fragfs.types import Dtype, FragmentId, FragmentMetadata, LibraryConfig
 
 __all__ = ["IngestTotals", "Ingester", "PlannedFile"]
 
@@ -84,21 +83,25 @@ class _FileState:
 class _Staged:
     """What a worker found out about one cut.
 
-    `fragment` is set if its record must be written; `known` if the library has the fragment; both
-    if the library's record is damaged and `fragment` shall replace it.
+    `planned` is set if its record must be written; `known` if the library has the fragment; both
+    if the library's record is damaged and `planned` shall replace it.
     """
 
-    fragment: Fragment | None
+    planned: Planned | None
     known: FragmentMetadata | None
     damage: str = ""
 
 
 @dataclass(slots=True)
 class _Piece:
+    """One cut on its way, or the end of a file (no cut)."""
+
     state: _FileState
-    cut: Cut | None
-    staged: Future[_Staged] | None
-    hashed: Future[None] | None
+    cut: Cut | None = None
+    raw: bytes = b""
+    hints: Hints = field(default_factory=Hints)
+    staged: Future[_Staged] | None = None
+    hashed: Future[None] | None = None
 
 
 class Ingester:
@@ -125,6 +128,8 @@ class Ingester:
         self._config = config
         self._catalog = catalog
         self._decoder = decoder
+        self._planner = BasePlanner(catalog, decoder, config, config.level)
+        self._checked: set[int] = set()
         self._start_batch = start_batch
         self._progress = progress
         self._batch: Batch | None = None
@@ -166,6 +171,7 @@ class Ingester:
             self._batch.commit()
             self._batch = None
             self._batch_scope.close()
+            self._planner.forget_pending()
 
     # --- reading, in the calling thread
 
@@ -182,21 +188,25 @@ class Ingester:
                     retryable=True,
                     remedy="wait until nothing writes to it and add it again",
                 )
+            hints = TensorHints(planned.layout)
             for cut, raw in self._cuts(planned, descriptor):
                 self._make_room(len(raw))
                 self._in_flight_bytes += len(raw)
+                hint = hints.of_cut(cut)
                 self._pieces.append(
                     _Piece(
                         state,
                         cut,
-                        self._workers.submit(self._stage, raw, cut.dtype),
+                        raw,
+                        hint,
+                        self._workers.submit(self._stage, raw, cut.dtype, hint),
                         self._hasher.submit(state.sha256.update, raw),
                     )
                 )
             check_unchanged(file, before, descriptor)
         finally:
             os.close(descriptor)
-        self._pieces.append(_Piece(state, None, None, None))
+        self._pieces.append(_Piece(state))
 
     def _cuts(self, planned: PlannedFile, descriptor: int) -> Iterator[tuple[Cut, bytes]]:
         path = planned.file.source
@@ -224,49 +234,24 @@ class Ingester:
 
     # --- hashing and encoding, in the workers
 
-    def _stage(self, raw: bytes, dtype: Dtype) -> _Staged:
+    def _stage(self, raw: bytes, dtype: Dtype, hints: Hints) -> _Staged:
         fragment_id = FragmentId(blake3(raw).digest())
         batch = self._batch
         if batch is not None and (pending := batch.find(fragment_id)) is not None:
             return _Staged(None, pending)
         known = self._catalog.find_fragment(fragment_id)
         if known is None:
-            return _Staged(self._encode(raw, dtype, fragment_id), None)
+            return _Staged(self._planner.plan(raw, dtype, fragment_id, hints), None)
         try:
-            self._decoder.read_record(known)
+            self._decoder.check_closure(known, self._checked)
         except (IntegrityError, StorageError, NotFoundError) as error:
             if isinstance(error, StorageError) and error.retryable:
                 raise
             # Never rest the only copy of a file on a rotten record: ours is good and replaces it.
-            return _Staged(self._encode(raw, dtype, fragment_id), known, error.message)
+            # From nothing: its closure can only shrink, whatever is predicted from it.
+            solo = self._planner.plan_solo(raw, dtype, fragment_id, hints)
+            return _Staged(solo, known, error.message)
         return _Staged(None, known)
-
-    def _encode(self, raw: bytes, dtype: Dtype, fragment_id: FragmentId) -> Fragment:
-        encoding = encode(raw, dtype, zstd_level=self._config.zstd_level)
-        if encoding.predictor is not Predictor.RAW:
-            decoded = decode(
-                encoding.predictor,
-                dtype,
-                encoding.params,
-                memoryview(encoding.payload),
-                len(raw),
-            )
-            if not np.array_equal(np.frombuffer(decoded, np.uint8), np.frombuffer(raw, np.uint8)):
-                raise FragmentError(
-                    f"fragment {fragment_id.short} does not decode to what was encoded (a defect of"
-                    " fragfs or of this machine's memory); nothing was stored",
-                    fragment=fragment_id.hex(),
-                    remedy="test the memory of this machine and report this",
-                )
-        return Fragment(
-            id=fragment_id,
-            dtype=dtype,
-            raw_size=len(raw),
-            raw_checksum=checksum(raw),
-            predictor=encoding.predictor,
-            params=encoding.params,
-            payload=encoding.payload,
-        )
 
     # --- appending, in the calling thread, in file order
 
@@ -279,37 +264,48 @@ class Ingester:
         piece.hashed.result()
         cut = piece.cut
         self._in_flight_bytes -= cut.size
-        metadata = self._place(staged)
+        metadata = self._place(staged, piece, cut)
         piece.state.extents.append(cut.size, metadata.number, 0, cut.kind, first=cut.first)
         self._progress.advance(cut.size)
         batch = self._batch
         if batch is not None and (batch.is_full or time.monotonic() - batch.started_s >= _BATCH_S):
             self.commit()
 
-    def _place(self, staged: _Staged) -> FragmentMetadata:
+    def _place(self, staged: _Staged, piece: _Piece, cut: Cut) -> FragmentMetadata:
         totals = self.totals
-        if staged.fragment is None:
-            assert staged.known is not None, "a worker returned neither a fragment nor a hit"
-            totals.reused_bytes += staged.known.raw_size
-            return staged.known
+        planned, known = staged.planned, staged.known
+        if planned is None:
+            assert known is not None, "a worker returned neither a fragment nor a hit"
+            totals.reused_bytes += known.raw_size
+            return known
         if self._batch is None:
             self._batch = self._batch_scope.enter_context(self._start_batch())
-        if staged.known is not None and staged.known.number in self._replaced:
-            totals.reused_bytes += staged.known.raw_size
-            return self._replaced[staged.known.number]
-        if staged.known is not None:
-            metadata = self._batch.replace_fragment(staged.fragment, staged.known.number)
+        if known is not None and known.number in self._replaced:
+            totals.reused_bytes += known.raw_size
+            return self._replaced[known.number]
+        if known is not None:
+            metadata = self._batch.replace_fragment(
+                planned.fragment, known.number, planned.signature
+            )
             self._replaced[metadata.number] = metadata
             totals.healed.append(f"{staged.damage}; a good copy is now in {where(metadata)}")
             totals.new_bytes += metadata.record_size
             return metadata
         count = self._batch.fragment_count
-        metadata = self._batch.append_fragment(staged.fragment)
+        try:
+            metadata = self._batch.append_fragment(planned.fragment, planned.signature)
+        except LimitError:
+            # Another command has changed what its bases are predicted from, since they were chosen.
+            planned = self._planner.plan_solo(
+                piece.raw, cut.dtype, planned.fragment.id, piece.hints
+            )
+            metadata = self._batch.append_fragment(planned.fragment, planned.signature)
         if self._batch.fragment_count == count:
             totals.reused_bytes += metadata.raw_size
             return metadata
+        self._planner.add_pending(metadata.number, planned, piece.raw)
         totals.new_bytes += metadata.record_size
-        name = staged.fragment.predictor.name.lower()
+        name = planned.fragment.predictor.name.lower()
         saved = metadata.raw_size - metadata.record_size
         totals.saved_bytes[name] = totals.saved_bytes.get(name, 0) + saved
         return metadata

@@ -18,9 +18,11 @@ from fragfs.errors import FormatError, IntegrityError, LimitError
 from fragfs.types import (
     FRAGMENT_BYTES_MAX,
     LIBRARY_FORMAT_VERSION,
+    PREDICTORS_FROM_BASES,
     Dtype,
     Fragment,
     FragmentId,
+    Level,
     LibraryConfig,
     Predictor,
 )
@@ -108,7 +110,8 @@ PACK_HEADER = Layout(
     ("fragment_elements", "I"),
     ("closure_max", "B"),
     ("zstd_level", "B"),
-    ("reserved", "H"),
+    ("level", "B"),
+    ("reserved", "B"),
     ("header_checksum", "Q"),
 )
 RECORD_HEADER = Layout(
@@ -184,6 +187,7 @@ def pack_pack_header(header: PackHeader) -> bytes:
         config.fragment_elements,
         config.closure_max,
         config.zstd_level,
+        config.level,
         0,
         0,
     )
@@ -225,8 +229,18 @@ def parse_pack_header(data: bytes, path: str) -> PackHeader:
             closure_max=int(values["closure_max"]),
             zstd_level=int(values["zstd_level"]),
             pack_bytes_max=int(values["pack_bytes_max"]),
+            level=_level(int(values["level"]), path),
         ),
     )
+
+
+def _level(code: int, path: str) -> Level:
+    try:
+        return Level(code)
+    except ValueError:
+        raise FormatError(
+            f"{path}: unknown level {code}", path=path, remedy="upgrade fragfs"
+        ) from None
 
 
 # --- records
@@ -367,7 +381,8 @@ def parse_fragment_record(
     if bases_end + int(params_size) + _CHECKSUM_BYTES != header.header_size:
         raise IntegrityError(f"fragment header sizes disagree in {where}", remedy=_DAMAGED_REMEDY)
     dtype = Dtype.of_code(int(dtype_code))
-    if dtype is None or predictor not in Predictor.__members__.values() or base_count:
+    is_known = predictor in Predictor.__members__.values()
+    if dtype is None or not is_known or bool(base_count) != (predictor in PREDICTORS_FROM_BASES):
         raise FormatError(
             f"fragment in {where} uses dtype {dtype_code}, predictor {predictor} with {base_count}"
             " bases, which this fragfs does not know",
@@ -385,6 +400,9 @@ def parse_fragment_record(
         predictor=Predictor(int(predictor)),
         params=bytes(view[bases_end : bases_end + int(params_size)]),
         payload=payload,
+        bases=tuple(
+            FragmentId(view[start : start + 32]) for start in range(fields_end, bases_end, 32)
+        ),
     )
 
 

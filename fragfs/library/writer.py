@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
-from fragfs.errors import FormatError, StorageError
+from fragfs.errors import FormatError, LimitError, StorageError
 from fragfs.library.catalog import SNAPSHOT_NAME, Catalog
+from fragfs.library.closure import closure_of
 from fragfs.library.files import Files
 from fragfs.library.lock import writer_lock
 from fragfs.library.packs import PACKS_NAME, pack_name, pack_number, scan_records
@@ -39,6 +41,9 @@ from fragfs.library.records import (
     parse_record_header,
 )
 from fragfs.types import Fragment, FragmentId, FragmentMetadata, LibraryConfig
+
+if TYPE_CHECKING:
+    from fragfs.similarity.signature import FragmentSignature
 
 __all__ = ["STAGING_NAME", "Batch", "LibraryWriter", "PackState"]
 
@@ -139,7 +144,9 @@ class Batch:
         self._pack: _PackAppender | None = None
         self._next_fragment = self._catalog.next_number("fragments")
         self._pending: dict[FragmentId, FragmentMetadata] = {}
-        self._moved: list[FragmentMetadata] = []
+        self._moved: dict[int, FragmentMetadata] = {}
+        self._bases: dict[int, tuple[int, ...]] = {}
+        self._signatures: dict[int, FragmentSignature | None] = {}
         self._record_count = 0
         self._batch_offset = 0
         self._headers = xxhash.xxh3_64()
@@ -158,21 +165,89 @@ class Batch:
         """A fragment of this batch, or None. Safe from other threads."""
         return self._pending.get(fragment)
 
-    def append_fragment(self, fragment: Fragment) -> FragmentMetadata:
-        """Append a fragment unless the library has it by now; returns where it is."""
+    def bases(self, number: int) -> tuple[int, ...]:
+        """The bases of a fragment, of this batch or an earlier one."""
+        pending = self._bases.get(number)
+        return self._catalog.bases(number) if pending is None else pending
+
+    def append_fragment(
+        self, fragment: Fragment, signature: FragmentSignature | None = None
+    ) -> FragmentMetadata:
+        """Append a fragment unless the library has it by now; returns where it is.
+
+        Args:
+            fragment: The fragment; its bases must be in the library, or in this batch before it.
+            signature: What later fragments find it by, if they may be predicted from it.
+
+        Raises:
+            LimitError: Decoding it would take more fragments than the library allows, or a base
+                is gone; nothing was appended. Encode it from nothing.
+        """
         known = self._pending.get(fragment.id) or self._catalog.find_fragment(fragment.id)
         if known is not None:
             return known
-        metadata = self._append(fragment, self._next_fragment)
+        number = self._next_fragment
+        bases = self._base_numbers(fragment, number)
+        metadata = self._append(fragment, number)
         self._next_fragment += 1
         self._pending[fragment.id] = metadata
+        self._bases[number] = bases
+        self._signatures[number] = signature
         return metadata
 
-    def replace_fragment(self, fragment: Fragment, number: int) -> FragmentMetadata:
-        """Append a good record for a stored fragment whose record was found damaged."""
+    def replace_fragment(
+        self, fragment: Fragment, number: int, signature: FragmentSignature | None = None
+    ) -> FragmentMetadata:
+        """Append another record for a fragment that is stored already: its old one is damaged, or
+        a smaller one was found. The catalog points to it once the batch is committed.
+
+        Raises:
+            LimitError: As for `append_fragment`, also on behalf of fragments predicted from it.
+        """
+        bases = self._base_numbers(fragment, number)
         metadata = self._append(fragment, number)
-        self._moved.append(metadata)
+        self._moved[number] = metadata
+        self._bases[number] = bases
+        if signature is not None:
+            self._signatures[number] = signature
         return metadata
+
+    def _base_numbers(self, fragment: Fragment, number: int) -> tuple[int, ...]:
+        """Look the bases up and check closures; the lock is held, so they stay what they are."""
+        numbers = []
+        for base in fragment.bases:
+            found = self._pending.get(base) or self._catalog.find_fragment(base)
+            if found is None:
+                raise LimitError(f"fragment {base.short} is not in the library any more")
+            numbers.append(found.number)
+        if not numbers:
+            return ()
+        bases = tuple(numbers)
+
+        def changed(of: int) -> tuple[int, ...]:
+            return bases if of == number else self.bases(of)
+
+        # Nothing can be predicted yet from a fragment that is new.
+        affected = self._all_dependents(number) if number < self._next_fragment else set()
+        for dependent in (number, *affected):
+            closure = closure_of([dependent], changed)
+            if len(closure) > self._writer.config.closure_max:
+                raise LimitError("a prediction would take more fragments than the library allows")
+        if number in closure_of(numbers, self.bases):
+            raise LimitError("a fragment cannot be predicted from itself")
+        return bases
+
+    def _all_dependents(self, number: int) -> set[int]:
+        """Every fragment that decoding takes this one for."""
+        found: set[int] = set()
+        waiting = [number]
+        while waiting:
+            current = waiting.pop()
+            direct = set(self._catalog.dependents(current))
+            direct |= {of for of, bases in self._bases.items() if current in bases}
+            waiting += direct - found
+            found |= direct
+        return found
 
     def append_plain(self, kind: RecordKind, payload: bytes) -> None:
         """Append a MANIFEST or REMOVAL record."""
@@ -246,8 +321,23 @@ class Batch:
             connection.executemany(
                 "UPDATE fragments SET pack = ?, offset = ?, record_size = ?, predictor = ?"
                 " WHERE number = ?",
-                ((m.pack, m.offset, m.record_size, m.predictor, m.number) for m in self._moved),
+                (
+                    (m.pack, m.offset, m.record_size, m.predictor, m.number)
+                    for m in self._moved.values()
+                ),
             )
+            connection.executemany(
+                "DELETE FROM bases WHERE fragment = ?", ((number,) for number in self._moved)
+            )
+            connection.executemany(
+                "INSERT INTO bases VALUES (?, ?, ?)",
+                (
+                    (number, position, base)
+                    for number, bases in self._bases.items()
+                    for position, base in enumerate(bases)
+                ),
+            )
+            self._insert_signatures(connection)
             connection.executemany(
                 "INSERT OR REPLACE INTO packs VALUES (?, ?, ?, ?)", self._abandoned
             )
@@ -261,6 +351,24 @@ class Batch:
             if apply is not None:
                 apply(connection)
         self._writer.remove_intent()
+
+    def _insert_signatures(self, connection: sqlite3.Connection) -> None:
+        signed = {
+            number: signature
+            for number, signature in self._signatures.items()
+            if signature is not None
+        }
+        connection.executemany(
+            "INSERT OR REPLACE INTO signatures VALUES (?, ?)",
+            ((number, signature.sketch) for number, signature in signed.items()),
+        )
+        # In key order: neighbours in the table, so that pages are touched once.
+        connection.executemany(
+            "INSERT OR IGNORE INTO similar VALUES (?, ?)",
+            sorted(
+                (key, number) for number, signature in signed.items() for key in signature.keys
+            ),
+        )
 
     def close(self) -> None:
         """Let go of the pack."""

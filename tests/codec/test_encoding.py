@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fragfs.codec.encoding import decode, encode
+from fragfs.codec.encoding import decode
+from fragfs.codec.solo import encode_solo
 from fragfs.errors import FormatError, LimitError, UsageError
 from fragfs.types import FRAGMENT_BYTES_MAX, Dtype, Predictor
 
@@ -73,7 +74,7 @@ KINDS = [weights, special_values, noise, constant, few_values]
 
 
 def check_round_trip(raw, dtype, level=LEVEL):
-    encoding = encode(raw, dtype, zstd_level=level)
+    encoding = encode_solo(raw, dtype, zstd_level=level)
     assert len(encoding.params) + len(encoding.payload) == encoding.size <= len(raw)
     back = decode(
         encoding.predictor, dtype, encoding.params, memoryview(encoding.payload), len(raw)
@@ -128,7 +129,7 @@ def test_every_kind_of_buffer(wrap):
 
 def test_a_view_of_wider_items():
     words = memoryview(np.arange(3000, dtype="<u4"))
-    encoding = encode(words, Dtype.U32, zstd_level=LEVEL)
+    encoding = encode_solo(words, Dtype.U32, zstd_level=LEVEL)
     back = decode(encoding.predictor, Dtype.U32, encoding.params, encoding.payload, 12000)
     assert bytes(back) == words.tobytes()
 
@@ -147,7 +148,7 @@ class TestSizes:
 
     def test_complex_numbers_store_like_their_parts(self):
         raw = weights(Dtype.F32, 1 << 17)
-        assert encode(raw, Dtype.C64, zstd_level=LEVEL) == encode(raw, Dtype.F32, zstd_level=LEVEL)
+        assert encode_solo(raw, Dtype.C64, zstd_level=LEVEL) == encode_solo(raw, Dtype.F32, zstd_level=LEVEL)
 
     def test_f32_that_was_bf16(self):
         narrow = np.frombuffer(weights(Dtype.BF16, 1 << 17), "<u2")
@@ -196,7 +197,7 @@ class TestSizes:
     @EVERY_DTYPE
     def test_noise_is_a_view_of_the_callers_bytes(self, dtype):
         raw = bytearray(noise(dtype, 40_000))
-        encoding = encode(raw, dtype, zstd_level=LEVEL)
+        encoding = encode_solo(raw, dtype, zstd_level=LEVEL)
         assert (encoding.predictor, encoding.params) == (Predictor.RAW, b"")
         raw[0] ^= 0xFF
         assert encoding.payload == raw
@@ -205,12 +206,12 @@ class TestSizes:
 class TestRefusals:
     def test_too_large_to_encode(self):
         with pytest.raises(LimitError):
-            encode(bytes(FRAGMENT_BYTES_MAX + 1), Dtype.U8, zstd_level=LEVEL)
+            encode_solo(bytes(FRAGMENT_BYTES_MAX + 1), Dtype.U8, zstd_level=LEVEL)
 
     @pytest.mark.parametrize("level", [-1, 0, 20])
     def test_level_out_of_range(self, level):
         with pytest.raises(UsageError):
-            encode(b"x", Dtype.U8, zstd_level=level)
+            encode_solo(b"x", Dtype.U8, zstd_level=level)
 
     @pytest.mark.parametrize("predictor", [4, 255, -1])
     def test_unknown_predictor_names_the_remedy(self, predictor):
@@ -247,7 +248,7 @@ class TestRefusals:
 
     def test_zstd_frame_with_more_behind_it(self):
         raw = b"layers.weight" * 100
-        encoding = encode(raw, Dtype.BYTES, zstd_level=LEVEL)
+        encoding = encode_solo(raw, Dtype.BYTES, zstd_level=LEVEL)
         for stored in (encoding.payload + b"\0", encoding.payload * 2, encoding.payload[:-1]):
             with pytest.raises(FormatError):
                 decode(encoding.predictor, Dtype.BYTES, b"", memoryview(stored), len(raw))
@@ -361,7 +362,7 @@ def test_threads_do_not_disturb_each_other():
 
 def test_results_survive_later_decodes():
     first, second = weights(Dtype.F32, 40_000, seed=1), weights(Dtype.F32, 40_000, seed=2)
-    encodings = [encode(raw, Dtype.F32, zstd_level=LEVEL) for raw in (first, second)]
+    encodings = [encode_solo(raw, Dtype.F32, zstd_level=LEVEL) for raw in (first, second)]
     backs = [
         decode(found.predictor, Dtype.F32, found.params, memoryview(found.payload), 40_000)
         for found in encodings
@@ -376,13 +377,14 @@ import torch
 if not torch.set_flush_denormal(True):
     sys.exit(77)
 assert (np.full(8, 1e-40, np.float32) * np.float32(1)).max() == 0, "denormals are not flushed"
-from fragfs.codec.encoding import decode, encode
+from fragfs.codec.encoding import decode
+from fragfs.codec.solo import encode_solo
 from fragfs.types import Dtype
 for vector in json.load(open(sys.argv[1])):
     dtype, raw = Dtype[vector["dtype"]], bytes.fromhex(vector["raw"])
     stored = bytes.fromhex(vector["params"]), memoryview(bytes.fromhex(vector["payload"]))
     assert decode(vector["predictor"], dtype, *stored, len(raw)) == raw, vector["name"]
-    again = encode(raw, dtype, zstd_level=3)
+    again = encode_solo(raw, dtype, zstd_level=3)
     back = decode(again.predictor, dtype, again.params, memoryview(again.payload), len(raw))
     assert back == raw, vector["name"]
 """

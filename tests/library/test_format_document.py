@@ -9,7 +9,8 @@ import pytest
 from blake3 import blake3
 
 import fragfs.library
-from fragfs.codec.encoding import decode, encode
+from fragfs.codec.encoding import decode
+from fragfs.codec.solo import encode_solo
 from fragfs.library import catalog, extents, names, records
 from fragfs.types import (
     FRAGMENT_BYTES_MAX,
@@ -91,7 +92,7 @@ def test_the_example_of_planes_decodes():
     raw, params, payload = blocks[0], b"".join(blocks[1:4]), b"".join(blocks[4:])
     decoded = decode(Predictor.PLANES, Dtype.BF16, params, memoryview(payload), len(raw))
     assert bytes(decoded) == raw
-    assert encode(raw, Dtype.BF16, zstd_level=12).params == params
+    assert encode_solo(raw, Dtype.BF16, zstd_level=12).params == params
 
 
 def test_span_kind_codes():
@@ -131,7 +132,7 @@ def test_every_table_of_the_schema_is_described():
 
 def test_the_worked_example_is_what_the_code_writes():
     raw = bytes.fromhex("0000803f") * 4
-    encoding = encode(raw, Dtype.F32, zstd_level=12)
+    encoding = encode_solo(raw, Dtype.F32, zstd_level=12)
     fragment = Fragment(
         id=FragmentId(blake3(raw).digest()),
         dtype=Dtype.F32,

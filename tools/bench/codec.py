@@ -14,7 +14,8 @@ from typing import TypeVar, cast
 import numpy as np
 from blake3 import blake3
 
-from fragfs.codec.encoding import decode, encode
+from fragfs.codec.encoding import decode
+from fragfs.codec.solo import encode_solo
 from fragfs.library.catalog import Catalog
 from fragfs.library.decode import NO_SOURCE, FragmentDecoder
 from fragfs.library.packs import PackReader
@@ -93,7 +94,7 @@ def cut(items: Sequence[tuple[bytes, Dtype]], size: int | None = None) -> list[t
 def store(raw: bytes, dtype: Dtype) -> Fragment:
     """What adding does to a fragment: name, encode, decode, compare, checksum."""
     fragment_id = FragmentId(blake3(raw).digest())
-    encoding = encode(raw, dtype, zstd_level=_CONFIG.zstd_level)
+    encoding = encode_solo(raw, dtype, zstd_level=_CONFIG.zstd_level)
     decoded = decode(
         encoding.predictor, dtype, encoding.params, memoryview(encoding.payload), len(raw)
     )
@@ -251,7 +252,9 @@ def _fragfs_timers(pieces: list[tuple[bytes, Dtype]], raw_size: int) -> dict[str
     level = _CONFIG.zstd_level
     return {
         "add": _timer(lambda piece: store(*piece), lambda: pieces, raw_size),
-        "encode": _timer(lambda piece: encode(*piece, zstd_level=level), lambda: pieces, raw_size),
+        "encode": _timer(
+            lambda piece: encode_solo(*piece, zstd_level=level), lambda: pieces, raw_size
+        ),
         "read": _timer(lambda n: decoder.decode(n, NO_SOURCE), lambda: numbers, raw_size),
         "decode": _timer(lambda fields: decode(*fields), lambda: stored, raw_size),
     }
@@ -266,7 +269,7 @@ def _zipnn_timers(
     timers: dict[str, _Timer] = {}
     for suffix, pieces in (("", whole), (" 1M", cut(whole, _PIECE_BYTES))):
         raws = [raw for raw, _ in pieces]
-        packed = [codec.encode(raw) for raw in _copies(raws)]
+        packed = [codec.encode_solo(raw) for raw in _copies(raws)]
         if any(codec.decode(one) != raw for one, raw in zip(packed, raws, strict=True)):
             raise BenchError("zipnn does not decode to what it encoded")
         # It rearranges its input in place (0.5.4): every encoding gets a copy, made beforehand.

@@ -1,0 +1,310 @@
+"""Predictions: what some fragments say about another one, as words of its dtype.
+
+Pure integer arithmetic, or elementwise IEEE operations in a fixed order on numbers for which flushing
+of denormals makes no difference. A prediction may be bad, it may not differ between machines.
+Format: library/FORMAT.md, "Predictors".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fragfs.codec.floats import FLOATS, narrow, quantize, widen, word_type
+from fragfs.errors import FormatError
+from fragfs.types import FRAGMENT_BYTES_MAX, Dtype, Predictor
+
+__all__ = ["BLEND_BASES_MAX", "SCALED", "Prediction", "fit_blend", "fit_scales", "unit_size"]
+
+Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
+Floats: TypeAlias = NDArray[np.float32]
+
+BLEND_BASES_MAX = 3
+SCALED = (Dtype.I8,)
+"""Dtypes that a float can be quantized to."""
+
+_BLOCK_WORDS = 1 << 15
+"""Words predicted at a time: all temporaries of a block fit the second-level cache."""
+
+_TINY_EXPONENT = 64
+"""An f32 with a smaller exponent field counts as zero in a blend: products with coefficients of at
+least 2**-20 and their sums are then never denormal, so flushing cannot change them."""
+_COEFFICIENT_MIN = 2.0**-20
+_COEFFICIENT_MAX = 2.0**20
+
+_SCALE_MIN = 2.0**-60
+_SCALE_MAX = 2.0**60
+
+_BASE = struct.Struct("<B")  # dtype of a base
+_BLEND = struct.Struct("<f")
+_ROWS = struct.Struct("<II")  # words per row, words of the first row
+
+
+def unit_size(dtype: Dtype) -> int:
+    """Bytes of the words that a dtype's fragments are cut into; complex numbers are pairs."""
+    if dtype in (Dtype.C64, Dtype.C128):
+        return dtype.bits // 16
+    return dtype.bits // 8 or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How words are predicted, but not from which bytes.
+
+    Attributes:
+        predictor: DELTA, CAST, BLEND or QUANTIZE.
+        dtypes: How each base reads; of DELTA it is the target's dtype.
+        coefficients: BLEND: one f32 for each base.
+        row_words: QUANTIZE: words that share a scale; 0 if all do.
+        first_row_words: QUANTIZE: words before the second row begins; 0 if all share a scale.
+        scales: QUANTIZE: one f32 for each row.
+    """
+
+    predictor: Predictor
+    dtypes: tuple[Dtype, ...]
+    coefficients: tuple[float, ...] = ()
+    row_words: int = 0
+    first_row_words: int = 0
+    scales: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def predict(self, bases: Sequence[memoryview], dtype: Dtype, count: int) -> Words:
+        """The first `count` words.
+
+        Args:
+            bases: Raw bytes of each base, at least `count` words of its dtype.
+            dtype: What to predict words of.
+            count: How many; at least 1.
+
+        Returns:
+            Words; for DELTA a view of the base.
+
+        Raises:
+            FormatError: A base is too short.
+        """
+        inputs = [
+            _words(base, unit_size(base_dtype), count)
+            for base, base_dtype in zip(bases, self.dtypes, strict=True)
+        ]
+        if self.predictor is Predictor.DELTA:
+            return inputs[0]
+        out: Words = np.empty(count, word_type(dtype))
+        scales = self._scales(count) if self.predictor is Predictor.QUANTIZE else None
+        for start in range(0, count, _BLOCK_WORDS):
+            part = slice(start, start + _BLOCK_WORDS)
+            floats = [
+                widen(words[part], base_dtype)
+                for words, base_dtype in zip(inputs, self.dtypes, strict=True)
+            ]
+            if scales is not None:
+                out[part] = quantize(floats[0], scales[part])
+            elif self.predictor is Predictor.CAST:
+                out[part] = narrow(floats[0], dtype)
+            else:
+                out[part] = narrow(self._blend(floats), dtype)
+        return out
+
+    def _blend(self, inputs: list[Floats]) -> Floats:
+        total: Floats | None = None
+        with np.errstate(all="ignore"):
+            for floats, coefficient in zip(inputs, self.coefficients, strict=True):
+                product = np.multiply(_without_tiny(floats), np.float32(coefficient))
+                total = product if total is None else np.add(total, product, out=total)
+        assert total is not None
+        # Infinities and NaNs, whose bits machines may choose, predict 0.
+        bits = total.view("<u4")
+        special = (bits & np.uint32(0x7F800000)) == 0x7F800000
+        if special.any():
+            bits[special] = 0
+        return total
+
+    def _scales(self, count: int) -> Floats:
+        if not self.row_words:
+            return np.broadcast_to(self.scales, count)
+        repeats = np.full(self.scales.size, self.row_words)
+        repeats[0] = self.first_row_words
+        return np.repeat(self.scales, repeats)[:count]
+
+    def pack(self) -> bytes:
+        """The fields that `parse` reads; scales are stored apart."""
+        match self.predictor:
+            case Predictor.DELTA:
+                return b""
+            case Predictor.CAST:
+                return _BASE.pack(self.dtypes[0].code)
+            case Predictor.BLEND:
+                return b"".join(
+                    _BASE.pack(dtype.code) + _BLEND.pack(coefficient)
+                    for dtype, coefficient in zip(self.dtypes, self.coefficients, strict=True)
+                )
+            case _:
+                return _BASE.pack(self.dtypes[0].code) + _ROWS.pack(
+                    self.row_words, self.first_row_words
+                )
+
+
+def parse_prediction(
+    predictor: Predictor, params: memoryview, dtype: Dtype, base_count: int
+) -> tuple[Prediction, memoryview]:
+    """Read what `Prediction.pack` wrote, and give what is left of `params`.
+
+    Raises:
+        FormatError: The fields break a rule of the format, or the number of bases does.
+    """
+    wanted = range(2, BLEND_BASES_MAX + 1) if predictor is Predictor.BLEND else range(1, 2)
+    if base_count not in wanted:
+        raise FormatError("a prediction has the wrong number of bases", actual=base_count)
+    if predictor is Predictor.DELTA:
+        return Prediction(predictor, (dtype,)), params
+    dtypes, coefficients = [], []
+    for _ in range(base_count):
+        (code,), params = _take(_BASE, params)
+        base_dtype = Dtype.of_code(code)
+        if base_dtype not in FLOATS:
+            raise FormatError("a base has no dtype to predict from", actual=code)
+        dtypes.append(base_dtype)
+        if predictor is Predictor.BLEND:
+            (coefficient,), params = _take(_BLEND, params)
+            if not _COEFFICIENT_MIN <= abs(coefficient) <= _COEFFICIENT_MAX:
+                raise FormatError("a blend has an impossible coefficient")
+            coefficients.append(coefficient)
+    is_known = dtype in (SCALED if predictor is Predictor.QUANTIZE else FLOATS)
+    if not is_known:
+        raise FormatError(f"{dtype.name} cannot be predicted this way", remedy="upgrade fragfs")
+    if predictor is not Predictor.QUANTIZE:
+        return Prediction(predictor, tuple(dtypes), tuple(coefficients)), params
+    (row_words, first_row_words), params = _take(_ROWS, params)
+    if first_row_words > row_words or bool(row_words) != bool(first_row_words):
+        raise FormatError("impossible rows of a quantized fragment", actual=row_words)
+    return (
+        Prediction(
+            predictor, tuple(dtypes), row_words=row_words, first_row_words=first_row_words
+        ),
+        params,
+    )
+
+
+def scale_count(prediction: Prediction, count: int) -> int:
+    """Scales that `count` words need.
+
+    Raises:
+        FormatError: More than there are words.
+    """
+    if not prediction.row_words:
+        return 1
+    rest = max(0, count - prediction.first_row_words)
+    return 1 + -(-rest // prediction.row_words)
+
+
+def check_scales(scales: Floats) -> None:
+    """Refuse scales that no writer stores.
+
+    Raises:
+        FormatError: One is not a plain positive number of moderate size.
+    """
+    if not bool(np.all((scales >= _SCALE_MIN) & (scales <= _SCALE_MAX))):
+        raise FormatError("a quantized fragment has an impossible scale")
+
+
+def _take(layout: struct.Struct, params: memoryview) -> tuple[tuple[Any, ...], memoryview]:
+    if len(params) < layout.size:
+        raise FormatError("parameters of a prediction end early", actual=len(params))
+    return layout.unpack_from(params), params[layout.size :]
+
+
+def _words(raw: memoryview, unit: int, count: int) -> Words:
+    if len(raw) < unit * count or unit * count > FRAGMENT_BYTES_MAX:
+        raise FormatError("a base is too short", expected=unit * count, actual=len(raw))
+    return np.frombuffer(raw, f"<u{unit}", count)
+
+
+def _without_tiny(floats: Floats) -> Floats:
+    bits = floats.view("<u4")
+    tiny = (bits & np.uint32(0x7F800000)) < np.uint32(_TINY_EXPONENT << 23)
+    if not tiny.any():
+        return floats
+    cleaned = bits.copy()
+    cleaned[tiny] = 0
+    return cleaned.view("<f4")
+
+
+# --- fitting, for writers only: nothing here needs to be the same everywhere
+
+
+def fit_blend(
+    target: Words, dtype: Dtype, bases: Sequence[tuple[Words, Dtype]]
+) -> Prediction | None:
+    """Coefficients by least squares, for as many words of each; None if no blend fits.
+
+    Args:
+        target: Some words of what is to be predicted.
+        dtype: How they read; one of FLOATS.
+        bases: The same words of each base, and how they read; two or three.
+    """
+    columns = np.stack([widen(words, base).astype(np.float64) for words, base in bases], axis=1)
+    wanted = widen(target, dtype).astype(np.float64)
+    usable = np.isfinite(columns).all(axis=1) & np.isfinite(wanted)
+    columns, wanted = columns[usable], wanted[usable]
+    if wanted.size < 16 * len(bases):
+        return None
+    with np.errstate(all="ignore"):
+        found, _, rank, _ = np.linalg.lstsq(columns, wanted, rcond=1e-9)
+    if rank < len(bases):
+        return None
+    coefficients = tuple(_plain(float(value)) for value in found)
+    if not all(_COEFFICIENT_MIN <= abs(value) <= _COEFFICIENT_MAX for value in coefficients):
+        return None
+    return Prediction(Predictor.BLEND, tuple(base for _, base in bases), coefficients)
+
+
+def _plain(value: float) -> float:
+    """The round number that a person would have chosen, if the fit is near one."""
+    for denominator in (1, 2, 4, 5, 8, 10, 20, 3, 6, 7, 9, 100):
+        near = round(value * denominator) / denominator
+        if abs(near - value) < 2e-4:
+            value = near
+            break
+    return float(np.float32(value))
+
+
+def fit_scales(
+    target: Words, dtype: Dtype, base: tuple[Words, Dtype], row_words: int, first_row_words: int
+) -> Prediction | None:
+    """Scales of a quantization, one for each row; None if it is none.
+
+    Args:
+        target: All words of what is to be predicted.
+        dtype: How they read; one of SCALED.
+        base: As many words of the base, and how they read.
+        row_words: Words to a row; 0 to fit one scale for all.
+        first_row_words: Words of the first row, which may be the end of one.
+    """
+    assert dtype in SCALED
+    codes = np.abs(target.view(np.int8).astype(np.float32))
+    with np.errstate(all="ignore"):
+        sizes = np.abs(widen(*base))
+        # Rounding to a code puts the scale between these two.
+        low = np.where(codes > 0, sizes / (codes + np.float32(0.5)), np.float32(0))
+        high = np.where(codes > 0, sizes / (codes - np.float32(0.5)), np.float32(np.inf))
+    starts = np.zeros(1, np.intp)
+    if row_words:
+        starts = np.append(starts, np.arange(first_row_words, target.size, row_words))
+    with np.errstate(all="ignore"):
+        # Quantiles would be robuster; a few outliers at the ends are what a clipped code makes.
+        lowest = np.maximum.reduceat(np.where(codes < 127, low, np.float32(0)), starts)
+        highest = np.minimum.reduceat(high, starts)
+        scales = ((lowest + highest) / 2).astype(np.float32)
+    scales = np.where(
+        np.isfinite(scales) & (scales >= _SCALE_MIN) & (scales <= _SCALE_MAX), scales, 1
+    ).astype("<f4")
+    return Prediction(
+        Predictor.QUANTIZE,
+        (base[1],),
+        row_words=row_words,
+        first_row_words=first_row_words if row_words else 0,
+        scales=scales,
+    )

@@ -1,0 +1,372 @@
+"""What a prediction got wrong: residual words, grouped, and each group stored the smallest way.
+
+A residual is `word - prediction` modulo the width of the word. A group of residuals (see `groups`) is
+stored in one of three ways: as nothing if all are zero; as packed codes of 1, 2 or 4 bits if nearly
+all are close to zero (see `packing`); else as byte planes. In planes a bias of 0x80 in every byte
+makes small residuals of both signs differ in one plane only, where sign extension would fill all.
+Format: library/FORMAT.md, "Residuals".
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fragfs.codec.entropy import Bytes, Method, decompress_into, store_plane
+from fragfs.codec.groups import (
+    GROUPS_MAX,
+    Groups,
+    Words,
+    join_groups,
+    plan_groups,
+    split_groups,
+)
+from fragfs.codec.packing import (
+    PACKED_BITS,
+    escape_code,
+    pack_codes,
+    packed_size,
+    unpack_codes,
+    zero_code,
+)
+from fragfs.codec.scratch import ScratchMemory
+from fragfs.errors import FormatError
+from fragfs.types import Dtype
+
+__all__ = ["decode_residual", "encode_residual", "parse_streams", "store_streams"]
+
+_GROUP = struct.Struct("<BIB")  # last key, words, bits of a code (0: all zero, 8: planes)
+_STREAM = struct.Struct("<BI")  # method, stored size
+_COUNT = struct.Struct("<I")
+
+_PLANES = 8
+_UPGRADE = "upgrade fragfs"
+
+_SAMPLE_WORDS = 1 << 14
+"""Words of a group that its form is chosen by."""
+
+_CLEAR_WIN = 0.85
+"""Forms whose estimates are closer than this are compressed, on the sample, to tell which is smaller."""
+
+_memory = ScratchMemory()
+
+
+def _bias(unit: int) -> int:
+    return int("80" * unit, 16)
+
+
+def store_streams(words: Words, level: int, params: list[bytes], payload: list[Bytes]) -> None:
+    """Append the planes of some words, lowest byte first: descriptors to `params`."""
+    planes = words.view(np.uint8).reshape(-1, words.itemsize)
+    for position in range(words.itemsize):
+        _store(np.ascontiguousarray(planes[:, position]), level, params, payload)
+
+
+def _store(
+    plane: NDArray[np.uint8], level: int, params: list[bytes], payload: list[Bytes]
+) -> None:
+    method, stored = store_plane(plane, level)
+    params.append(_STREAM.pack(method, len(stored)))
+    payload.append(stored)
+
+
+def encode_residual(
+    words: Words, prediction: Words, dtype: Dtype, *, grouped: bool, level: int
+) -> tuple[bytes, list[Bytes]]:
+    """Store what `prediction` got wrong about `words`.
+
+    Args:
+        words: What is to be stored; at least one.
+        prediction: As many words of the same type, native byte order on little-endian machines.
+        dtype: How they read.
+        grouped: Group them by the exponent of the prediction, if there are enough of them.
+        level: zstd level for planes in which matches pay.
+
+    Returns:
+        Parameters and payload; parameters are one zero byte if the prediction is right throughout.
+    """
+    groups = Groups((255,), (words.size,))
+    if grouped:
+        groups = plan_groups(prediction, dtype)
+    residual = split_groups(words, prediction, groups, dtype)
+    if not residual.any():
+        return b"\0", []
+    params = [bytes([len(groups.sizes)])]
+    payload: list[Bytes] = []
+    escapes: list[Words] = []
+    start = 0
+    for last_key, size in zip(groups.last_keys, groups.sizes, strict=True):
+        values = residual[start : start + size]
+        start += size
+        bits = _choose_bits(values)
+        params.append(_GROUP.pack(last_key, size, bits))
+        if bits == _PLANES:
+            bias = values.dtype.type(_bias(values.itemsize))
+            store_streams(values + bias, level, params, payload)
+        elif bits:
+            codes, outside = _to_codes(values, bits)
+            params.append(_COUNT.pack(outside.size))
+            escapes.append(outside)
+            _store(pack_codes(codes, bits), level, params, payload)
+    outside = np.concatenate(escapes) if escapes else residual[:0]
+    if outside.size:
+        bias = outside.dtype.type(_bias(outside.itemsize))
+        store_streams(outside + bias, level, params, payload)
+    return b"".join(params), payload
+
+
+def _to_codes(values: Words, bits: int) -> tuple[NDArray[np.uint8], Words]:
+    """Codes of some residuals, and the residuals that got the escape."""
+    shifted = values + values.dtype.type(zero_code(bits))
+    escape = escape_code(bits)
+    outside = shifted >= values.dtype.type(escape)
+    codes = np.minimum(shifted, values.dtype.type(escape)).astype(np.uint8)
+    return codes, values[outside]
+
+
+def _choose_bits(values: Words) -> int:
+    """The form of a group: 0 all zero, 1, 2 or 4 packed codes, 8 planes.
+
+    By the order-0 entropy of a sample, with Huffman's floor of one bit for each symbol it sees.
+    """
+    if not values.any():
+        return 0
+    upper_planes = values.itemsize - 1
+    sample = values[:: max(1, values.size // _SAMPLE_WORDS)]
+    low = sample + sample.dtype.type(0x80)
+    far = float((low > low.dtype.type(0xFF)).mean()) if upper_planes else 0.0
+    shares = np.bincount(low.astype(np.uint8), minlength=256) / low.size
+
+    def far_cost(share: float) -> float:
+        # Planes above the lowest are constant but for the residuals that are far from zero.
+        return upper_planes * _coded_bits(_entropy(np.array([share, 1 - share])) + 6 * share)
+
+    costs = {_PLANES: _coded_bits(_entropy(shares)) + far_cost(far)}
+    for bits in PACKED_BITS:
+        lowest = 0x80 - zero_code(bits)
+        near = shares[lowest : lowest + escape_code(bits)]
+        escape = min(1.0, max(0.0, 1.0 - float(near.sum())) + far)
+        cost = max(bits / 8, _entropy(np.append(near, escape)))
+        if escape:
+            outside = np.concatenate((shares[:lowest], shares[lowest + near.size :]))
+            low_bits = _coded_bits(_entropy(outside / max(float(outside.sum()), 1e-9)))
+            cost += escape * (low_bits + far_cost(min(1.0, far / escape)))
+        costs[bits] = cost
+    first, second, *_ = sorted(costs, key=lambda bits: costs[bits])
+    if costs[first] < _CLEAR_WIN * costs[second]:
+        return first
+    return min(first, second, key=lambda bits: _stored_size(sample, bits))
+
+
+def _stored_size(values: Words, bits: int) -> int:
+    """Bytes that some residuals take in one of the forms."""
+    payload: list[Bytes] = []
+    if bits != _PLANES:
+        codes, values = _to_codes(values, bits)
+        _store(pack_codes(codes, bits), 1, [], payload)
+    if values.size:
+        store_streams(values + values.dtype.type(_bias(values.itemsize)), 1, [], payload)
+    return sum(map(len, payload))
+
+
+def _coded_bits(entropy: float) -> float:
+    """What a plane of this entropy takes for each byte: Huffman's floor, or matches below it."""
+    return entropy if entropy >= 1 else min(1.0, 1.6 * entropy + 0.02)
+
+
+def _entropy(shares: NDArray[np.float64]) -> float:
+    """Bits for a symbol."""
+    some = shares[shares > 0]
+    return float(-(some * np.log2(some)).sum())
+
+
+# --- decoding
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Parameters and payload of a residual, consumed in step. Everything here may be hostile."""
+
+    params: memoryview
+    payload: memoryview
+    offset: int = 0
+
+    def take(self, layout: struct.Struct) -> tuple[int, ...]:
+        """The next fields of the parameters."""
+        if len(self.params) < layout.size:
+            raise FormatError("parameters of a residual end early", actual=len(self.params))
+        values = layout.unpack_from(self.params)
+        self.params = self.params[layout.size :]
+        return values
+
+    def stream(self) -> tuple[Method, memoryview]:
+        """Method and stored bytes of the next stream."""
+        code, size = self.take(_STREAM)
+        stored = self.payload[self.offset : self.offset + size]
+        if len(stored) != size:
+            raise FormatError("a stream reaches behind its payload", expected=size)
+        self.offset += size
+        try:
+            return Method(code), stored
+        except ValueError:
+            raise FormatError("unknown stream method", remedy=_UPGRADE, actual=code) from None
+
+
+def parse_streams(
+    params: memoryview, payload: memoryview, count: int, word: np.dtype[np.unsignedinteger]
+) -> tuple[Words, memoryview, memoryview]:
+    """Undo `store_streams`: `count` words, and what is left of parameters and payload."""
+    reader = _Reader(params, payload)
+    out: Words = np.empty(count, word)
+    _read_planes(reader, out, np.empty(2 * count * word.itemsize + 64, np.uint8))
+    return out, reader.params, payload[reader.offset :]
+
+
+def decode_residual(
+    params: memoryview, payload: memoryview, prediction: Words, dtype: Dtype
+) -> tuple[Words, memoryview, memoryview]:
+    """Undo `encode_residual`.
+
+    Args:
+        params: Starts with the residual's parameters; from disk.
+        payload: Starts with its payload; from disk.
+        prediction: What the words were predicted to be, at least one.
+        dtype: How they read.
+
+    Returns:
+        The words, and what is left of `params` and `payload`. The words are in fresh memory, or
+        are `prediction` itself if it was right throughout.
+
+    Raises:
+        FormatError: The stored bytes break a rule of the format.
+    """
+    reader = _Reader(params, payload)
+    (group_count,) = reader.take(struct.Struct("<B"))
+    if group_count == 0:
+        return prediction, reader.params, payload
+    if group_count > GROUPS_MAX:
+        raise FormatError("too many groups", remedy=_UPGRADE, actual=group_count)
+    count, unit = prediction.size, prediction.itemsize
+    # Room for the residual, for a plane or codes (padded to whole words), and for widening.
+    memory = _memory.take(2 * count * unit + count + 64)
+    residual: Words = memory[: count * unit].view(prediction.dtype)
+    room = memory[count * unit :]
+    last_keys, sizes = [], []
+    escaped: list[tuple[int, NDArray[np.intp]]] = []
+    start = 0
+    for _ in range(group_count):
+        last_key, size, bits = reader.take(_GROUP)
+        values = residual[start : start + size]
+        if values.size != size or size == 0:
+            raise FormatError("a group has more words than there are", actual=size)
+        if bits == 0:
+            values.fill(0)
+        elif bits == _PLANES:
+            _read_planes(reader, values, room)
+            np.subtract(values, values.dtype.type(_bias(unit)), out=values)
+        elif bits in PACKED_BITS:
+            found = _read_codes(reader, values, bits, room)
+            escaped.append((start, found))
+        else:
+            raise FormatError("unknown form of a group", remedy=_UPGRADE, actual=bits)
+        last_keys.append(last_key)
+        sizes.append(size)
+        start += size
+    if start != count or last_keys != sorted(set(last_keys)) or last_keys[-1] != 255:
+        raise FormatError("groups do not cover the words", expected=count, actual=start)
+    _read_escapes(reader, residual, escaped, room)
+    words = join_groups(residual, prediction, Groups(tuple(last_keys), tuple(sizes)), dtype)
+    return words, reader.params, payload[reader.offset :]
+
+
+def _read_planes(reader: _Reader, values: Words, room: NDArray[np.uint8]) -> None:
+    """Fill `values` with the next streams, lowest byte first."""
+    count, unit = values.size, values.itemsize
+    wide: Words = _aligned(room, count * unit).view(values.dtype)
+    constant = 0
+    values.fill(0)
+    for position in range(unit):
+        method, stored = reader.stream()
+        if method is Method.CONSTANT:
+            if len(stored) != 1:
+                raise FormatError("a constant stream is not one byte", actual=len(stored))
+            constant |= stored[0] << 8 * position
+            continue
+        if method is Method.RAW:
+            if len(stored) != count:
+                raise FormatError(
+                    "a raw stream has the wrong size", expected=count, actual=len(stored)
+                )
+            plane = np.frombuffer(stored, np.uint8)
+        else:
+            plane = room[-count:]
+            decompress_into(stored, plane.data)
+        if position == 0:
+            np.copyto(values, plane)
+            continue
+        np.copyto(wide, plane)
+        np.multiply(wide, wide.dtype.type(1 << 8 * position), out=wide)
+        np.bitwise_or(values, wide, out=values)
+    if constant:
+        np.bitwise_or(values, values.dtype.type(constant), out=values)
+
+
+def _aligned(room: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """`size` bytes at the start of `room`, moved up to a multiple of 8."""
+    skip = -room.ctypes.data % 8
+    return room[skip : skip + size]
+
+
+def _read_codes(
+    reader: _Reader, values: Words, bits: int, room: NDArray[np.uint8]
+) -> NDArray[np.intp]:
+    """Fill `values` from packed codes; gives where escapes are."""
+    (escape_count,) = reader.take(_COUNT)
+    method, stored = reader.stream()
+    size = packed_size(values.size, bits)
+    packed: NDArray[np.uint8]
+    if method is Method.CONSTANT:
+        if len(stored) != 1:
+            raise FormatError("a constant stream is not one byte", actual=len(stored))
+        packed = np.full(size, stored[0], np.uint8)
+    elif method is Method.RAW:
+        if len(stored) != size:
+            raise FormatError("a raw stream has the wrong size", expected=size, actual=len(stored))
+        packed = np.frombuffer(stored, np.uint8)
+    else:
+        packed = room[-size:]
+        decompress_into(stored, packed.data)
+    codes = _aligned(room, size * 8 // bits)
+    if codes.size + size > room.size - 8:
+        codes = np.empty(size * 8 // bits, np.uint8)
+    unpack_codes(packed, bits, codes)
+    codes = codes[: values.size]
+    np.copyto(values, codes)
+    np.subtract(values, values.dtype.type(zero_code(bits)), out=values)
+    if not escape_count:
+        return np.zeros(0, np.intp)
+    found = np.flatnonzero(codes == escape_code(bits))
+    if found.size != escape_count:
+        raise FormatError("escapes are missing", expected=escape_count, actual=int(found.size))
+    return found
+
+
+def _read_escapes(
+    reader: _Reader,
+    residual: Words,
+    escaped: list[tuple[int, NDArray[np.intp]]],
+    room: NDArray[np.uint8],
+) -> None:
+    total = sum(found.size for _, found in escaped)
+    if not total:
+        return
+    outside: Words = np.empty(total, residual.dtype)
+    _read_planes(reader, outside, room)
+    np.subtract(outside, outside.dtype.type(_bias(outside.itemsize)), out=outside)
+    position = 0
+    for start, found in escaped:
+        residual[start + found] = outside[position : position + found.size]
+        position += found.size

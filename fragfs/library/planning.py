@@ -1,0 +1,326 @@
+"""Base planning: which stored fragments a new one may be predicted from, and which of them it is.
+
+Candidates come from the similarity index: fragments of the same tensor name and index in other models,
+and whatever has alike numbers, under any name and in any float format. The closest are decoded and
+tried; `codec.choose` decides by what they save. Nothing here is believed: an encoding is decoded again
+and compared before anyone stores it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fragfs.codec.choose import Candidate, Choice, Rows, encode_best
+from fragfs.codec.encoding import decode
+from fragfs.codec.solo import Encoding, encode_solo
+from fragfs.errors import FragmentError, IntegrityError, NotFoundError, StorageError
+from fragfs.library.catalog import Catalog
+from fragfs.library.closure import closure_of
+from fragfs.library.decode import FragmentDecoder
+from fragfs.library.recent import RecentFragments
+from fragfs.library.records import checksum
+from fragfs.similarity.index import (
+    MemorySignatureRows,
+    SimilarityIndex,
+    SimilarityMatch,
+    split_limit,
+)
+from fragfs.similarity.signature import FragmentSignature, name_key
+from fragfs.types import Dtype, Fragment, FragmentId, Level, LibraryConfig, Predictor
+
+__all__ = ["BasePlanner", "CatalogSignatureRows", "Hints", "Planned"]
+
+_RECENT_BYTES_MAX = 192 << 20
+"""Decoded bases kept: two workers with four candidates each of 2 MiB, and what siblings will need."""
+
+_CANDIDATES = {Level.FAST: 2, Level.BALANCED: 4, Level.SMALL: 6}
+"""Fragments that are decoded and tried."""
+
+_NEAR = 1.6
+"""Candidates further away than the closest by this factor are not decoded: they would lose."""
+_NEAR_ABOVE = 0.02
+"""And this much on top, below which distances tell nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What is known about a fragment besides its bytes.
+
+    Attributes:
+        name: Name of its tensor; None if it is of none.
+        index: Its position among the fragments of the tensor.
+        rows: How its words lie in the rows of the tensor.
+    """
+
+    name: str | None = None
+    index: int = 0
+    rows: Rows = Rows()
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A fragment as it shall be stored.
+
+    Attributes:
+        fragment: The fragment, encoded.
+        bases: Numbers of its bases.
+        signature: What later fragments find it by; None if it cannot serve as a base.
+    """
+
+    fragment: Fragment
+    bases: tuple[int, ...]
+    signature: FragmentSignature | None
+
+
+class CatalogSignatureRows:
+    """The signatures in a catalog; a `SignatureRows`. Safe in any thread."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def fragments_of(self, keys: Sequence[int], limit: int) -> list[tuple[int, bytes]]:
+        """See `SignatureRows`: the oldest few and the newest few under each key."""
+        if not keys:
+            return []
+        oldest, newest = split_limit(limit)
+        one = (
+            f"SELECT * FROM (SELECT fragment FROM similar WHERE key = ? ORDER BY fragment"
+            f" LIMIT {oldest})"
+        )
+        other = (
+            f"SELECT * FROM (SELECT fragment FROM similar WHERE key = ? ORDER BY fragment DESC"
+            f" LIMIT {newest})"
+        )
+        parts = " UNION ".join([one, other] if newest else [one])
+        union = " UNION ".join([parts] * len(keys))
+        parameters = [key for key in keys for _ in range(2 if newest else 1)]
+        return [
+            (int(number), bytes(sketch))
+            for number, sketch in self._catalog.rows(
+                f"SELECT fragment, sketch FROM signatures WHERE fragment IN ({union})"
+                " ORDER BY fragment",
+                parameters,
+            )
+        ]
+
+
+class _LockedRows:
+    """Signatures of fragments that are not committed yet: added by one thread, read by workers."""
+
+    def __init__(self) -> None:
+        self._rows = MemorySignatureRows()
+        self._lock = threading.Lock()
+
+    def add(self, number: int, signature: FragmentSignature) -> None:
+        with self._lock:
+            self._rows.add(number, signature)
+
+    def fragments_of(self, keys: Sequence[int], limit: int) -> list[tuple[int, bytes]]:
+        with self._lock:
+            return self._rows.fragments_of(keys, limit)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._rows = MemorySignatureRows()
+
+
+class BasePlanner:
+    """Encodes fragments against what the library holds. `plan` is safe in any thread.
+
+    Args:
+        catalog: Where bases and signatures are recorded.
+        decoder: Decodes candidates.
+        config: The library's settings.
+        level: What encodings to prefer.
+    """
+
+    def __init__(
+        self, catalog: Catalog, decoder: FragmentDecoder, config: LibraryConfig, level: Level
+    ) -> None:
+        self._catalog = catalog
+        self._decoder = decoder
+        self._config = config
+        self._level = level
+        self._pending = _LockedRows()
+        self._pending_ids: dict[int, tuple[FragmentId, tuple[int, ...]]] = {}
+        self._index = SimilarityIndex(CatalogSignatureRows(catalog), self._pending)
+        self._recent = RecentFragments(_RECENT_BYTES_MAX)
+
+    # --- what is not committed yet, told by the thread that appends
+
+    def add_pending(self, number: int, planned: Planned, raw: bytes) -> None:
+        """A fragment got its number: from now on others may be predicted from it."""
+        if planned.signature is not None:
+            self._recent.put(number, memoryview(raw))
+            self._pending_ids[number] = (planned.fragment.id, planned.bases)
+            self._pending.add(number, planned.signature)
+
+    def forget_pending(self) -> None:
+        """The batch is committed: the catalog knows its fragments."""
+        self._pending.clear()
+        self._pending_ids = {}
+
+    # --- planning, in workers
+
+    def sign(self, raw: bytes | memoryview, dtype: Dtype, hints: Hints) -> FragmentSignature | None:
+        """What a fragment is found by, its tensor's name included."""
+        signature = self._index.sign(raw, dtype)
+        if signature is None or hints.name is None:
+            return signature
+        return replace(signature, keys=(*signature.keys, name_key(hints.name, hints.index)))
+
+    def plan(
+        self,
+        raw: bytes | memoryview,
+        dtype: Dtype,
+        fragment_id: FragmentId,
+        hints: Hints,
+        exclude: Collection[int] = (),
+        closure_max: int | None = None,
+    ) -> Planned:
+        """Encode a fragment the smallest way the library allows, and prove it.
+
+        Args:
+            raw: Its bytes.
+            dtype: How to read them.
+            fragment_id: Its id.
+            hints: What else is known about it.
+            exclude: Fragments that decoding it must not take.
+            closure_max: Most fragments that decoding it may take; the library's limit by default.
+
+        Raises:
+            FragmentError: The encoding does not decode to what was encoded.
+        """
+        signature = self.sign(raw, dtype, hints)
+        numbers: list[int] = []
+        candidates: list[Candidate] = []
+        if signature is not None:
+            limit = closure_max or self._config.closure_max
+            numbers, candidates = self._candidates(signature, exclude, limit)
+
+            def may_combine(indices: Sequence[int]) -> bool:
+                return len(self._closure([numbers[index] for index in indices])) < limit
+
+            choice = encode_best(
+                raw,
+                dtype,
+                candidates,
+                level=self._level,
+                zstd_level=self._config.zstd_level,
+                may_combine=may_combine,
+                rows=hints.rows,
+            )
+        else:
+            choice = Choice(encode_solo(raw, dtype, zstd_level=self._config.zstd_level))
+        bases = tuple(numbers[index] for index in choice.bases)
+        fragment = _prove(
+            raw,
+            dtype,
+            fragment_id,
+            choice.encoding,
+            [(self._id(numbers[index]), candidates[index].raw) for index in choice.bases],
+        )
+        # Only what may serve as a base is indexed: one more fragment must fit its closure.
+        if len(self._closure(bases)) + 2 > self._config.closure_max:
+            signature = None
+        return Planned(fragment, bases, signature)
+
+    def plan_solo(
+        self, raw: bytes | memoryview, dtype: Dtype, fragment_id: FragmentId, hints: Hints
+    ) -> Planned:
+        """Encode a fragment from nothing, and prove it."""
+        encoding = encode_solo(raw, dtype, zstd_level=self._config.zstd_level)
+        fragment = _prove(raw, dtype, fragment_id, encoding, ())
+        return Planned(fragment, (), self.sign(raw, dtype, hints))
+
+    def _candidates(
+        self, signature: FragmentSignature, exclude: Collection[int], closure_max: int
+    ) -> tuple[list[int], list[Candidate]]:
+        """The closest fragments that may be bases, decoded."""
+        count = _CANDIDATES[self._level]
+        numbers: list[int] = []
+        candidates: list[Candidate] = []
+        # Some may turn out too deep: twice as many are looked at.
+        for match in _near(self._index.query(signature, count=2 * count, exclude=exclude)):
+            closure = self._closure((match.fragment,))
+            if len(closure) >= closure_max or not closure.isdisjoint(exclude):
+                continue
+            raw = self._raw(match.fragment)
+            if raw is not None:
+                numbers.append(match.fragment)
+                candidates.append(Candidate(raw, match.dtype, len(closure)))
+                if len(candidates) == count:
+                    break
+        return numbers, candidates
+
+    def _raw(self, number: int) -> memoryview | None:
+        """A candidate's bytes; None if they are not to be had: nothing new shall rest on damage."""
+        if number in self._pending_ids:
+            return self._recent.get(number)
+        try:
+            return self._decoder.decode(number, self._recent)
+        except (IntegrityError, NotFoundError):
+            return None
+        except StorageError as error:
+            if error.retryable:
+                raise
+            return None
+
+    def _id(self, number: int) -> FragmentId:
+        pending = self._pending_ids.get(number)
+        return pending[0] if pending is not None else self._catalog.fragment(number).id
+
+    def _closure(self, numbers: Sequence[int]) -> set[int]:
+        return closure_of(numbers, self._bases)
+
+    def _bases(self, number: int) -> tuple[int, ...]:
+        pending = self._pending_ids.get(number)
+        return pending[1] if pending is not None else self._catalog.bases(number)
+
+
+def _near(matches: Sequence[SimilarityMatch]) -> list[SimilarityMatch]:
+    """The matches that have a chance against the closest."""
+    if not matches:
+        return []
+    limit = matches[0].distance * _NEAR + _NEAR_ABOVE
+    return [match for match in matches if match.distance <= limit]
+
+
+def _prove(
+    raw: bytes | memoryview,
+    dtype: Dtype,
+    fragment_id: FragmentId,
+    encoding: Encoding,
+    bases: Sequence[tuple[FragmentId, memoryview]],
+) -> Fragment:
+    """The fragment, once its encoding has decoded to what was encoded."""
+    if encoding.predictor is not Predictor.RAW:
+        decoded = decode(
+            encoding.predictor,
+            dtype,
+            encoding.params,
+            memoryview(encoding.payload),
+            len(raw),
+            [base for _, base in bases],
+        )
+        if not np.array_equal(np.frombuffer(decoded, np.uint8), np.frombuffer(raw, np.uint8)):
+            raise FragmentError(
+                f"fragment {fragment_id.short} does not decode to what was encoded (a defect of"
+                " fragfs or of this machine's memory); nothing was stored",
+                fragment=fragment_id.hex(),
+                remedy="test the memory of this machine and report this",
+            )
+    return Fragment(
+        id=fragment_id,
+        dtype=dtype,
+        raw_size=len(raw),
+        raw_checksum=checksum(raw),
+        predictor=encoding.predictor,
+        params=encoding.params,
+        payload=encoding.payload,
+        bases=tuple(base for base, _ in bases),
+    )

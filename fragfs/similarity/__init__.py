@@ -1,0 +1,1 @@
+"""Which stored fragments are worth trying as bases: signatures, sketches, ranked candidates."""
