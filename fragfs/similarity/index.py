@@ -185,8 +185,7 @@ class SimilarityIndex:
         matches = [
             SimilarityMatch(number, distance, dtype)
             for (number, sketch), distance in zip(candidates.items(), distances, strict=True)
-            if self._threshold.admits(distance)
-            and (dtype := sketch_dtype(sketch)) is not None
+            if self._threshold.admits(distance) and (dtype := sketch_dtype(sketch)) is not None
         ]
         matches.sort(key=lambda match: (match.distance, match.fragment))
         return matches[:count]

@@ -74,7 +74,8 @@ class SignatureConfig:
         bands: Coarse keys of a signature; 2 to 16, even.
         band_windows: Windows a coarse key hashes. More: fewer strangers, fewer distant siblings.
         window_size: Elements of a window; a power of two, 4 to 128.
-        numbers_min: Fewest numbers a fragment must have to be signed.
+        numbers_min: Fewest numbers a fragment must have to be signed. In smaller ones windows
+            overlap: 256 numbers find 94 % of siblings 10 % away, 512 and more find 96 to 97 %.
         rows_per_key: The most rows a query looks at under one key.
     """
 

@@ -105,7 +105,7 @@ def sketch_distances(target: bytes, bases: Sequence[bytes]) -> Floats:
     weighted down if it is an outlier, scaled so that strangers are about 1 apart. Noise of 1 % of
     the numbers' spread gives about 0.007. What rounding to a one-byte dtype explains does not
     count: a cast of `base` is 0 from it, though `base` is not 0 from its cast. Numbers of one byte
-    are compared with wider ones up to a scale.
+    are compared with those of other dtypes up to a scale.
 
     Args:
         target: Sketch of the fragment that is to be predicted.
@@ -169,7 +169,7 @@ def _compare(target: Floats, target_reader: Reader, bases: Floats, base_reader: 
     if target_reader.narrow and not base_reader.narrow:
         allowance = _rounding(target, target_reader.mantissa_bits, target_reader.ulp_min)
     distances = _ratio(target, bases, allowance)
-    if target_reader.narrow != base_reader.narrow:
+    if target_reader != base_reader and (target_reader.narrow or base_reader.narrow):
         fitted = _fit_scale(target, bases)
         distances = np.minimum(distances, _ratio(target, fitted, allowance))
     return distances
