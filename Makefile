@@ -1,5 +1,6 @@
 # Everything a developer runs. Targets work in a fresh clone: they make .venv when they need it.
-# Variables: PYTHON (the interpreter for .venv), JOBS (test processes), ARGS (more arguments).
+# Variables: PYTHON (the interpreter for .venv), JOBS (test processes), ARGS (more arguments),
+# FAMILY (where the model family is kept), FAMILY_ARGS (how to make it).
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,16 +10,17 @@ JOBS   ?= 2
 ARGS   ?=
 TORCH  ?= torch==2.13.0
 CODE   := fragfs tests tools
+FAMILY ?= build/family
 
 # The first interpreter that is new enough; PYTHON=... on the command line overrides the search.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix bench unmount clean
+.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix bench family bench-storage unmount clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## make .venv with fragfs and everything its tests need
 
@@ -63,6 +65,17 @@ fix: $(READY) ## format, and repair what ruff can
 
 bench: $(READY) ## measure on this machine; prints machine, date and command
 	@$(BIN)/python -m tools.bench $(ARGS)
+
+# Trained where torch is installed (make venv-torch), else made up. Kept: it takes some minutes.
+family: $(FAMILY)/family.json ## make the model family that bench-storage measures, 1.1 GB
+
+$(FAMILY)/family.json: | $(READY)
+	@rm -rf $(FAMILY).part
+	@$(BIN)/python -m tools.make_family $(FAMILY).part $(FAMILY_ARGS)
+	@rm -rf $(FAMILY) && mv $(FAMILY).part $(FAMILY)
+
+bench-storage: $(READY) family ## measure what a model family takes, beside other tools (long)
+	@$(BIN)/python -m tools.bench --section storage --section family --family $(FAMILY) $(ARGS)
 
 # Only mounts of tests and demos: those below the temporary directory or this one.
 unmount: ## detach the mounts that a killed test or demo left behind

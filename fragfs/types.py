@@ -489,19 +489,29 @@ class LibraryConfig:
 class LibraryStats:
     """What a library (or one model of it) holds and what was saved, all recomputed from disk.
 
+    A model needs the fragments in its files, and those that decoding them takes.
+
     Attributes:
         model_count: Models counted.
         file_count: Files in them, by name.
         logical_bytes: Sum of the file sizes.
-        unique_bytes: Raw bytes of the distinct fragments they need.
+        unique_bytes: Raw bytes of the distinct fragments in the files.
         stored_bytes: Record bytes of those fragments.
-        exclusive_bytes: Record bytes of fragments that no other model needs (whole library: all).
-        fragment_count: Distinct fragments.
-        shared_fragment_count: Fragments needed by at least two models.
+        exclusive_bytes: Record bytes that no other model needs: what removing the model would free
+            (whole library: all that is needed).
+        shared_bytes: Record bytes of fragments in its files that other models need as well (whole
+            library: that at least two models need).
+        base_bytes: Record bytes of fragments that are needed only because others are predicted
+            from them: they are in none of the files.
+        fragment_count: Distinct fragments in the files.
+        shared_fragment_count: Those of them needed by at least two models.
         unreferenced_bytes: Record bytes in the library that no model needs.
         disk_bytes: Apparent bytes of everything in the library directory (0 for one model).
         saved_bytes: Bytes saved, by mechanism: "exact" (logical - unique), then one entry per
             predictor (raw - stored of the fragments that use it).
+        predicted_bytes: Raw bytes of the fragments that are predicted from a model's, by the name
+            of that model (as `os.fsdecode` has it): the oldest one with the base in its files. ""
+            stands for bases that are in no model's files any more.
     """
 
     model_count: int
@@ -510,8 +520,11 @@ class LibraryStats:
     unique_bytes: int
     stored_bytes: int
     exclusive_bytes: int
+    shared_bytes: int
+    base_bytes: int
     fragment_count: int
     shared_fragment_count: int
     unreferenced_bytes: int
     disk_bytes: int
     saved_bytes: dict[str, int] = field(default_factory=dict)
+    predicted_bytes: dict[str, int] = field(default_factory=dict)

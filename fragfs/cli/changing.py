@@ -15,8 +15,11 @@ from fragfs.cli.terminal import emit_json, json_name, say, show_name
 
 if TYPE_CHECKING:
     from fragfs.library.library import FragmentLibrary
+    from fragfs.library.publish import RemoveReport
 
 __all__ = ["mv_command", "rm_command"]
+
+_LISTED_MAX = 5
 
 
 @click.command(
@@ -35,9 +38,9 @@ def rm_command(session: Session, targets: tuple[str, ...], as_json: bool) -> Non
     Nothing is asked. All arguments are looked up before anything is removed. Who has a removed
     file open in a mount can go on reading it.
 
-    The bytes stay in the packs: this release has no garbage collection yet, so the library does
-    not become smaller. What nothing needs any more is reported, and adding the same bytes again
-    finds them again.
+    The bytes stay in the packs until 'fragfs optimize' gives back what no model needs; adding the
+    same bytes before that finds them again. Pieces that other models are predicted from stay as
+    long as those models do.
     """
     reports = []
     with session.open_library() as library:
@@ -48,6 +51,7 @@ def rm_command(session: Session, targets: tuple[str, ...], as_json: bool) -> Non
                 what = show_name(model) if not paths else f"from {show_name(model)}"
                 counts = format_count(report.file_count, "file")
                 say(f"removed {what}: {counts}, {format_bytes(report.removed_bytes)}")
+                _say_kept(report)
     unreferenced = reports[-1][1].unreferenced_bytes
     if as_json:
         removed = [
@@ -55,15 +59,29 @@ def rm_command(session: Session, targets: tuple[str, ...], as_json: bool) -> Non
                 "model": json_name(model),
                 "file_count": report.file_count,
                 "removed_bytes": report.removed_bytes,
+                "kept_bytes": report.kept_bytes,
+                "kept_for": [
+                    {"model": json_name(name), "stored_bytes": size}
+                    for name, size in report.kept_for
+                ],
             }
             for model, report in reports
         ]
         emit_json({"removed": removed, "unreferenced_bytes": unreferenced})
     elif not session.quiet:
-        say(
-            f"{format_bytes(unreferenced)} in the packs are needed by no model now; they stay"
-            " there, as this release has no garbage collection"
-        )
+        remedy = "; free them with: fragfs optimize" if unreferenced else ""
+        say(f"{format_bytes(unreferenced)} are needed by no model any more{remedy}")
+
+
+def _say_kept(report: RemoveReport) -> None:
+    """Say what of the removed pieces stays, and for whom."""
+    if not report.kept_bytes:
+        return
+    names = [f"{show_name(name)} ({format_bytes(size)})" for name, size in report.kept_for]
+    if len(names) > _LISTED_MAX:
+        names[_LISTED_MAX:] = [f"{len(names) - _LISTED_MAX:,} more"]
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    say(f"  stays     {format_bytes(report.kept_bytes)} that others are predicted from: {listed}")
 
 
 def _plan_removal(

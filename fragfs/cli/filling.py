@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fragfs.cli.options import Session, example, json_option, pass_session, shared_options
+from fragfs.cli.options import (
+    Session,
+    example,
+    json_option,
+    level_option,
+    pass_session,
+    shared_options,
+)
 from fragfs.cli.tables import format_bytes, format_count, format_share, list_savings
 from fragfs.cli.terminal import emit_json, json_name, remark, say, show_name
-from fragfs.types import LibraryConfig
+from fragfs.types import Level, LibraryConfig
 
 if TYPE_CHECKING:
     from fragfs.library.add import AddOptions, AddReport
@@ -38,8 +45,12 @@ _LISTED_MAX = 20
     metavar="N",
     help="Elements of a tensor per fragment, a power of two. Fixed from then on.",
 )
+@level_option(
+    "fast decodes quickest, small stores least; balanced, the default, is near small in size"
+    " and near fast in speed."
+)
 @click.option(
-    "--level",
+    "--zstd-level",
     type=int,
     default=_DEFAULTS.zstd_level,
     show_default=True,
@@ -60,7 +71,8 @@ def init_command(
     session: Session,
     directory: Path | None,
     fragment_elements: int,
-    level: int,
+    level: Level | None,
+    zstd_level: int,
     closure_max: int,
 ) -> None:
     """Create an empty library.
@@ -72,7 +84,10 @@ def init_command(
 
     path = directory.absolute() if directory else session.library_path
     config = LibraryConfig(
-        fragment_elements=fragment_elements, zstd_level=level, closure_max=closure_max
+        fragment_elements=fragment_elements,
+        closure_max=closure_max,
+        zstd_level=zstd_level,
+        level=_DEFAULTS.level if level is None else level,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     FragmentLibrary.create(path, config).close()

@@ -30,14 +30,17 @@ __all__ = ["COMMANDS", "cli", "main", "run"]
 COMMANDS = {
     "init": "fragfs.cli.filling",
     "add": "fragfs.cli.filling",
+    "estimate": "fragfs.cli.explaining",
     "ls": "fragfs.cli.listing",
     "stats": "fragfs.cli.listing",
+    "explain": "fragfs.cli.explaining",
     "mount": "fragfs.cli.serving",
     "umount": "fragfs.cli.serving",
     "export": "fragfs.cli.checking",
     "verify": "fragfs.cli.checking",
     "rm": "fragfs.cli.changing",
     "mv": "fragfs.cli.changing",
+    "optimize": "fragfs.cli.optimizing",
 }
 """Every command, in the order of `--help`, and the module that defines it under its own name."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fragfs.cli.environment import LIBRARY_VARIABLE, default_library
+from fragfs.types import Level
 
 if TYPE_CHECKING:
     from fragfs.library.library import FragmentLibrary
@@ -26,6 +27,7 @@ __all__ = [
     "Session",
     "example",
     "json_option",
+    "level_option",
     "parse_size",
     "pass_session",
     "shared_options",
@@ -115,6 +117,22 @@ def shared_options(*, environment: bool = False) -> Callable[[_Function], _Funct
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes and times in ns."
 )
+
+
+def level_option(text: str) -> Callable[[_Function], _Function]:
+    """Give a command `--level`, which it gets as a `Level` or None."""
+
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
+        return None if value is None else Level[value.upper()]
+
+    return click.option(
+        "--level",
+        type=click.Choice(
+            [level.name.lower() for level in (Level.FAST, Level.BALANCED, Level.SMALL)]
+        ),
+        callback=parse,
+        help=text,
+    )
 
 
 def parse_size(text: str) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 __all__ = [
+    "describe_mechanism",
     "format_bytes",
     "format_count",
     "format_share",
@@ -18,9 +19,15 @@ _UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 
 _MECHANISMS = {
     "exact": "storing equal pieces once",
+    "delta": "differences to similar pieces",
+    "sparse": "the few elements that differ from similar pieces",
+    "cast": "differences to copies in other precisions",
+    "blend": "differences to mixtures of two pieces or more",
+    "quantize": "differences to the originals of quantized copies",
     "planes": "byte planes",
     "zstd": "zstd",
     "constant": "pieces of one repeated value",
+    "raw": "nothing: stored as they are",
 }
 
 
@@ -77,11 +84,16 @@ def format_table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
     return lines
 
 
+def describe_mechanism(name: str) -> str:
+    """What a mechanism does, in plain words."""
+    return _MECHANISMS.get(name, name)
+
+
 def list_savings(saved_bytes: Mapping[str, int]) -> list[tuple[str, str]]:
     """What was saved and how: (size, "by ..."), the largest first; nothing that saved nothing."""
     ranked = sorted(saved_bytes.items(), key=lambda item: -item[1])
     return [
-        (format_bytes(saved), f"by {_MECHANISMS.get(mechanism, mechanism)}")
+        (format_bytes(saved), f"by {describe_mechanism(mechanism)}")
         for mechanism, saved in ranked
         if saved > 0
     ]

@@ -124,9 +124,7 @@ def split_groups(words: Words, prediction: Words, groups: Groups, dtype: Dtype) 
     out = np.empty_like(words)
     if _kernels is not None:
         sizes = np.array(groups.sizes, np.uint32)
-        _kernels.split(
-            words.itemsize, words, prediction, groups.lookup(), sizes, out, shift, mask
-        )
+        _kernels.split(words.itemsize, words, prediction, groups.lookup(), sizes, out, shift, mask)
         return out
     order = _order(prediction, groups, shift, mask)
     return (words - prediction)[order]

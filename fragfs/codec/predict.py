@@ -181,9 +181,7 @@ def parse_prediction(
     if first_row_words > row_words or bool(row_words) != bool(first_row_words):
         raise FormatError("impossible rows of a quantized fragment", actual=row_words)
     return (
-        Prediction(
-            predictor, tuple(dtypes), row_words=row_words, first_row_words=first_row_words
-        ),
+        Prediction(predictor, tuple(dtypes), row_words=row_words, first_row_words=first_row_words),
         params,
     )
 
@@ -265,7 +263,7 @@ def _plain(value: float) -> float:
     """The round number that a person would have chosen, if the fit is near one."""
     for denominator in (1, 2, 4, 5, 8, 10, 20, 3, 6, 7, 9, 100):
         near = round(value * denominator) / denominator
-        if abs(near - value) < 2e-4:
+        if abs(near - value) < 2e-5:
             value = near
             break
     return float(np.float32(value))

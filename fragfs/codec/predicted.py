@@ -89,9 +89,7 @@ def encode_predicted(
         params.append(prediction.pack())
         if predictor is Predictor.QUANTIZE:
             store_streams(prediction.scales.view("<u4"), _RESIDUAL_LEVEL, params, payload)
-        stored = encode_residual(
-            words, predicted, dtype, grouped=grouped, level=_RESIDUAL_LEVEL
-        )
+        stored = encode_residual(words, predicted, dtype, grouped=grouped, level=_RESIDUAL_LEVEL)
         params.append(stored[0])
         payload += stored[1]
     rest = view[count * unit :]

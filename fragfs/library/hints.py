@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fragfs.codec.choose import Rows
 from fragfs.formats.layout import Cut, Layout, TensorLabel
 from fragfs.library.planning import Hints
-from fragfs.types import SpanKind
+from fragfs.types import FragmentId, LayerMapping, SpanKind
 
-__all__ = ["TensorHints"]
+__all__ = ["TensorHints", "quantized_rows"]
 
 
 class TensorHints:
@@ -38,3 +40,21 @@ class TensorHints:
         start = (cut.offset - label.offset) * 8 // cut.dtype.bits
         words = label.shape[-1]
         return Hints(label.name, self._index, Rows(words, words - start % words))
+
+
+def quantized_rows(layers: Iterable[LayerMapping]) -> dict[FragmentId, Rows]:
+    """Rows of the fragments of tensors that may be quantized copies of others.
+
+    Only of matrices of signed bytes: rows matter to nothing else.
+    """
+    found: dict[FragmentId, Rows] = {}
+    for layer in layers:
+        if layer.dtype.upper() != "I8" or len(layer.shape) < 2 or not layer.shape[-1]:
+            continue
+        words = layer.shape[-1]
+        start = 0
+        for ref in layer.refs:
+            if ref.offset == 0:
+                found[ref.fragment] = Rows(words, words - start % words)
+            start += ref.size
+    return found

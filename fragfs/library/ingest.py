@@ -31,7 +31,7 @@ from fragfs.library.planning import BasePlanner, Hints, Planned
 from fragfs.library.progress import Progress
 from fragfs.library.publish import NewContent
 from fragfs.library.source import SourceFile, check_unchanged, read_source
-from fragfs.library.writer import Batch
+from fragfs.library.writer import Batch, Replacement
 from fragfs.types import Dtype, FragmentId, FragmentMetadata, LibraryConfig
 
 __all__ = ["IngestTotals", "Ingester", "PlannedFile"]
@@ -284,8 +284,8 @@ class Ingester:
             totals.reused_bytes += known.raw_size
             return self._replaced[known.number]
         if known is not None:
-            metadata = self._batch.replace_fragment(
-                planned.fragment, known.number, planned.signature
+            (metadata,) = self._batch.replace_fragments(
+                [Replacement(known.number, planned.fragment, planned.signature)]
             )
             self._replaced[metadata.number] = metadata
             totals.healed.append(f"{staged.damage}; a good copy is now in {where(metadata)}")

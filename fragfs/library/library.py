@@ -12,6 +12,7 @@ import time
 import uuid as uuid_module
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ from fragfs.types import (
     FragmentId,
     FragmentMetadata,
     LayerMapping,
+    Level,
     LibraryConfig,
     LibraryStats,
     ModelInfo,
@@ -51,9 +53,13 @@ from fragfs.types import (
 )
 
 if TYPE_CHECKING:
+    from fragfs.codec.choose import Rows
     from fragfs.library.add import AddOptions, AddReport
     from fragfs.library.decode import DecodedSource, FragmentDecoder
+    from fragfs.library.estimate import EstimateReport
+    from fragfs.library.explain import Explanation
     from fragfs.library.ingest import Ingester
+    from fragfs.library.optimize import OptimizeReport
     from fragfs.library.readback import ExportReport, VerifiedFile
 
 __all__ = ["FragmentLibrary"]
@@ -247,6 +253,47 @@ class FragmentLibrary:
         number = self.model(name).number if name is not None else None
         return library_stats(self._catalog, self.path, number)
 
+    def explain(
+        self, name: str | bytes, path: str | bytes = b"", *, tensors: bool = False
+    ) -> Explanation:
+        """Say where the bytes of a model live, or those of a file or directory of it.
+
+        Args:
+            name: The model.
+            path: A file or directory of it; everything by default.
+            tensors: Whether to list tensors and the fragments that hold them.
+
+        Raises:
+            NotFoundError: No such model or file.
+        """
+        from fragfs.library.explain import Explainer
+
+        explainer = Explainer(self._catalog, self.open_content, self._decode_cold)
+        inside = as_name(path) if path else b""
+        return explainer.explain(as_name(name), inside, self.files(name), tensors=tensors)
+
+    def estimate(
+        self, paths: Sequence[Path], options: AddOptions, progress: Progress = NO_PROGRESS
+    ) -> EstimateReport:
+        """Say what adding directories or files would store, without adding them.
+
+        Reads everything, looks up what is stored already, and encodes a sample of the rest.
+
+        Args:
+            paths: Each is taken as a model of its own, added after those before it.
+            options: How they would be added; the model's name does not matter.
+            progress: Told about bytes read.
+
+        Raises:
+            UsageError: A link that leads elsewhere; nothing to add.
+            FormatError: A truncated file or an LFS pointer (unless `options.force`).
+            StorageError: Something cannot be read.
+        """
+        from fragfs.library.estimate import Estimator
+
+        estimator = Estimator(self.path, self.config, self._catalog, self._decoder, progress)
+        return estimator.run(paths, options)
+
     def data_version(self) -> int:
         """A number that changes when any process has changed the library.
 
@@ -410,10 +457,11 @@ class FragmentLibrary:
         Raises:
             NotFoundError: No such model or file.
         """
-        from fragfs.library.stats import unreferenced_bytes
+        from fragfs.library.stats import RemovedFragments
 
         raw = as_name(name)
         entries = self.files(raw)
+        fragments = RemovedFragments(self._catalog, entries)
         with self._writer.batch() as batch:
             if paths:
                 removed = self._remove_paths(batch, raw, paths, entries)
@@ -421,11 +469,14 @@ class FragmentLibrary:
                 removed = entries
                 publish_removal(batch, self._catalog, raw, self._now_ns())
         self._publish_snapshot()
+        unreferenced_bytes, kept_bytes, kept_for = fragments.count(removed)
         return RemoveReport(
             model=raw,
             file_count=len(removed),
             removed_bytes=sum(entry.size for entry in removed),
-            unreferenced_bytes=unreferenced_bytes(self._catalog),
+            unreferenced_bytes=unreferenced_bytes,
+            kept_bytes=kept_bytes,
+            kept_for=tuple(kept_for),
         )
 
     def _remove_paths(
@@ -464,6 +515,60 @@ class FragmentLibrary:
         with self._writer.batch() as batch:
             publish_move(batch, self._catalog, model.name, as_name(new), self._now_ns())
         self._publish_snapshot()
+
+    def optimize(
+        self,
+        level: Level | None = None,
+        progress: Progress = NO_PROGRESS,
+        workers: int | None = None,
+    ) -> OptimizeReport:
+        """Plan the bases of all fragments again, and give back the space of old records.
+
+        Args:
+            level: What encodings to prefer; the library's own level by default. Another one
+                encodes every fragment anew.
+            progress: Told about bytes of fragments planned.
+            workers: Threads that plan; one per core by default.
+
+        Raises:
+            StorageError: Something cannot be read or written.
+        """
+        from fragfs.library.compact import Compactor
+        from fragfs.library.optimize import Optimizer
+        from fragfs.library.publish import refresh_stored_bytes
+
+        optimizer = Optimizer(
+            self._catalog,
+            self._decoder,
+            self.config,
+            self.config.level if level is None else level,
+            self._start_batch,
+            self._quantized_rows(),
+            workers or _cores(),
+            progress,
+        )
+        report = optimizer.run()
+        if report.changed_count:
+            with self._writer.batch() as batch:
+                refresh_stored_bytes(batch, self._catalog)
+        compactor = Compactor(
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._start_batch,
+            self._publish_snapshot,
+        )
+        compacted = compactor.run()
+        return replace(report, freed_bytes=compacted.freed_bytes, kept=compacted.kept)
+
+    def _quantized_rows(self) -> dict[FragmentId, Rows]:
+        """How the fragments of quantized tensors lie in rows, read off the files' own headers."""
+        from fragfs.library.hints import quantized_rows
+
+        return quantized_rows(
+            layer for model in self.models() for layer in self.manifest(model.name).layers
+        )
 
     # --- whole models
 

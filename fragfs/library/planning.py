@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fragfs.codec.choose import Candidate, Choice, Rows, encode_best
+from fragfs.codec.choose import NO_ROWS, Candidate, Choice, Rows, encode_best
 from fragfs.codec.encoding import decode
 from fragfs.codec.solo import Encoding, encode_solo
 from fragfs.errors import FragmentError, IntegrityError, NotFoundError, StorageError
@@ -32,7 +32,7 @@ from fragfs.similarity.index import (
 from fragfs.similarity.signature import FragmentSignature, name_key
 from fragfs.types import Dtype, Fragment, FragmentId, Level, LibraryConfig, Predictor
 
-__all__ = ["BasePlanner", "CatalogSignatureRows", "Hints", "Planned"]
+__all__ = ["BasePlanner", "CatalogSignatureRows", "Hints", "Planned", "prove"]
 
 _RECENT_BYTES_MAX = 192 << 20
 """Decoded bases kept: two workers with four candidates each of 2 MiB, and what siblings will need."""
@@ -58,7 +58,7 @@ class Hints:
 
     name: str | None = None
     index: int = 0
-    rows: Rows = Rows()
+    rows: Rows = NO_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ class BasePlanner:
         else:
             choice = Choice(encode_solo(raw, dtype, zstd_level=self._config.zstd_level))
         bases = tuple(numbers[index] for index in choice.bases)
-        fragment = _prove(
+        fragment = prove(
             raw,
             dtype,
             fragment_id,
@@ -234,7 +234,7 @@ class BasePlanner:
     ) -> Planned:
         """Encode a fragment from nothing, and prove it."""
         encoding = encode_solo(raw, dtype, zstd_level=self._config.zstd_level)
-        fragment = _prove(raw, dtype, fragment_id, encoding, ())
+        fragment = prove(raw, dtype, fragment_id, encoding, ())
         return Planned(fragment, (), self.sign(raw, dtype, hints))
 
     def _candidates(
@@ -290,14 +290,25 @@ def _near(matches: Sequence[SimilarityMatch]) -> list[SimilarityMatch]:
     return [match for match in matches if match.distance <= limit]
 
 
-def _prove(
+def prove(
     raw: bytes | memoryview,
     dtype: Dtype,
     fragment_id: FragmentId,
     encoding: Encoding,
     bases: Sequence[tuple[FragmentId, memoryview]],
 ) -> Fragment:
-    """The fragment, once its encoding has decoded to what was encoded."""
+    """The fragment, once its encoding has decoded to what was encoded.
+
+    Args:
+        raw: Its bytes.
+        dtype: How they read.
+        fragment_id: Its id.
+        encoding: How it shall be stored.
+        bases: Id and bytes of each base, in the predictor's order.
+
+    Raises:
+        FragmentError: It does not decode to these bytes.
+    """
     if encoding.predictor is not Predictor.RAW:
         decoded = decode(
             encoding.predictor,

@@ -32,9 +32,11 @@ __all__ = [
     "RemoveReport",
     "check_new_name",
     "load_draft",
+    "pack_current_manifest",
     "publish_model",
     "publish_move",
     "publish_removal",
+    "refresh_stored_bytes",
 ]
 
 
@@ -47,12 +49,18 @@ class RemoveReport:
         file_count: Files removed from it.
         removed_bytes: Their bytes.
         unreferenced_bytes: Record bytes in the whole library that no model needs any more.
+        kept_bytes: Record bytes of the removed files' fragments that are in no file any more and
+            stay because others are predicted from them.
+        kept_for: The models those others are in and the record bytes that each of them needs,
+            most first.
     """
 
     model: bytes
     file_count: int
     removed_bytes: int
     unreferenced_bytes: int
+    kept_bytes: int = 0
+    kept_for: tuple[tuple[bytes, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +236,16 @@ def publish_move(batch: Batch, catalog: Catalog, old: bytes, new: bytes, now_ns:
     batch.commit(apply)
 
 
+def pack_current_manifest(catalog: Catalog, name: bytes) -> bytes:
+    """The payload of a MANIFEST record of a model as it is now.
+
+    Raises:
+        NotFoundError: No such model.
+    """
+    draft = load_draft(catalog, name)
+    return pack_manifest(_manifest(draft, _Contents(catalog, draft)))
+
+
 def _manifest(draft: ModelDraft, numbered: _Contents) -> StoredManifest:
     top = draft.directories[b""]
     directories = [
@@ -326,6 +344,23 @@ class _Contents:
         for number, sha256, mtime_ns, verdict, extents in described:
             ids = {fragment: self._fragments[fragment][0] for fragment in set(extents.fragments)}
             yield ManifestContent.of_extents(number, sha256, mtime_ns, verdict, extents, ids)
+
+
+def refresh_stored_bytes(batch: Batch, catalog: Catalog) -> None:
+    """Count again what the fragments of every content take, after records were replaced."""
+    sizes = dict(catalog.rows("SELECT number, record_size FROM fragments"))
+    changed = []
+    for number, stored_bytes, blob in catalog.rows(
+        "SELECT number, stored_bytes, extents FROM contents"
+    ):
+        total = sum(sizes.get(fragment, 0) for fragment in set(ExtentMap.parse(blob).fragments))
+        if total != stored_bytes:
+            changed.append((total, number))
+
+    def apply(connection: sqlite3.Connection) -> None:
+        connection.executemany("UPDATE contents SET stored_bytes = ? WHERE number = ?", changed)
+
+    batch.commit(apply)
 
 
 def _write_model(

@@ -36,22 +36,27 @@ __all__ = [
     "PACK_MAGIC",
     "RECORD_HEADER",
     "RECORD_HEADER_BYTES_MAX",
+    "RETIRED_BATCH",
     "BatchTrailer",
     "IndexEntry",
     "PackHeader",
     "RecordHeader",
     "RecordKind",
+    "RetiredBatch",
     "checksum",
+    "fragment_header_size",
     "pack_batch_trailer",
     "pack_fragment_record",
     "pack_index",
     "pack_pack_header",
     "pack_plain_record",
+    "pack_retirement",
     "parse_batch_trailer",
     "parse_fragment_record",
     "parse_index",
     "parse_pack_header",
     "parse_record_header",
+    "parse_retirement",
 ]
 
 
@@ -92,6 +97,7 @@ class RecordKind(enum.IntEnum):
     FRAGMENT = 1
     MANIFEST = 2
     REMOVAL = 3
+    RETIREMENT = 4
     BATCH_TRAILER = 5
     PACK_INDEX = 6
 
@@ -142,6 +148,7 @@ BATCH_TRAILER = Layout(
     ("reserved", "I"),
     ("records_checksum", "Q"),
 )
+RETIRED_BATCH = Layout(("generation", "Q"), ("batch", "16s"), ("parent", "16s"))
 INDEX_ENTRY = Layout(
     ("id", "32s"), ("offset", "Q"), ("record_size", "I"), ("raw_size", "I"), ("kind", "B")
 )
@@ -341,6 +348,11 @@ def pack_fragment_record(fragment: Fragment) -> tuple[bytes, bytes | memoryview]
     return _pack_record(RecordKind.FRAGMENT, fields, fragment.payload), fragment.payload
 
 
+def fragment_header_size(base_count: int) -> int:
+    """Bytes of a fragment's record besides parameters and payload."""
+    return _PLAIN_HEADER_SIZE + FRAGMENT_HEADER.size + 32 * base_count
+
+
 def parse_fragment_record(
     data: bytes | memoryview, where: str, *, check_stored: bool = True
 ) -> Fragment:
@@ -456,6 +468,39 @@ def parse_batch_trailer(data: bytes | memoryview) -> BatchTrailer:
         int(record_count),
         int(records_checksum),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RetiredBatch:
+    """A committed batch whose pack is gone: a link of the chain that tells what was committed."""
+
+    generation: int
+    batch: bytes
+    parent: bytes
+
+
+def pack_retirement(batches: Sequence[RetiredBatch]) -> bytes:
+    """The payload of a RETIREMENT record."""
+    return b"".join(
+        RETIRED_BATCH.pack(batch.generation, batch.batch, batch.parent) for batch in batches
+    )
+
+
+def parse_retirement(payload: bytes) -> list[RetiredBatch]:
+    """Read what `pack_retirement` wrote.
+
+    Raises:
+        FormatError: It is no whole number of entries.
+    """
+    if len(payload) % RETIRED_BATCH.size:
+        raise FormatError("a retirement record ends inside an entry", actual=len(payload))
+    return [
+        RetiredBatch(int(generation), bytes(batch), bytes(parent))
+        for generation, batch, parent in (
+            RETIRED_BATCH.unpack(payload, offset)
+            for offset in range(0, len(payload), RETIRED_BATCH.size)
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)

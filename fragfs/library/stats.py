@@ -1,58 +1,227 @@
-"""What a library holds and what was saved, counted from the catalog each time it is asked."""
+"""What a library holds and what was saved, counted from the catalog each time it is asked.
+
+A fragment is *needed* by a model if it is in one of the model's files, or if decoding one of those
+takes it: what others are predicted from is needed as much as they are. Everything works on arrays
+indexed by fragment number, so that a million fragments take seconds and not objects.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fragfs.library.catalog import Catalog
+from fragfs.library.closure import CLOSURE_LIMIT
 from fragfs.library.extents import ExtentMap
-from fragfs.types import LibraryStats, Predictor
+from fragfs.types import FileEntry, LibraryStats, Predictor
 
-__all__ = ["library_stats", "unreferenced_bytes"]
+__all__ = [
+    "NO_OWNER",
+    "FragmentTable",
+    "ModelFragments",
+    "Numbers",
+    "Owners",
+    "RemovedFragments",
+    "fragments_of",
+    "library_stats",
+    "models_by_age",
+    "predicted_by_owner",
+    "unreferenced_bytes",
+]
+
+Numbers = NDArray[np.int64]
+"""Distinct fragment numbers, ascending."""
+
+NO_OWNER = -1
+"""Stands for the model of a fragment that is in no model's files any more."""
 
 _ROWS_AT_ONCE = 100_000
 
 
-class _Fragments:
-    """Columns of the fragments table, indexed by fragment number."""
+class FragmentTable:
+    """Columns of the fragments table, and who is predicted from whom, by fragment number.
+
+    A fragment committed after the table was read is not in it.
+
+    Attributes:
+        size: One more than the largest number.
+        raw: Bytes after decoding.
+        record: Bytes of the record.
+        pack: The pack that holds it.
+        predictor: What its residual is taken against.
+        bases: Shape (most bases of a fragment, size); 0 where there is none.
+    """
 
     def __init__(self, catalog: Catalog) -> None:
-        size = catalog.next_number("fragments")
-        self.raw: NDArray[np.int64] = np.zeros(size, np.int64)
-        self.record: NDArray[np.int64] = np.zeros(size, np.int64)
-        self.predictor: NDArray[np.int8] = np.zeros(size, np.int8)
+        self.size = catalog.next_number("fragments")
+        self.raw: NDArray[np.int64] = np.zeros(self.size, np.int64)
+        self.record: NDArray[np.int64] = np.zeros(self.size, np.int64)
+        self.pack: NDArray[np.int64] = np.zeros(self.size, np.int64)
+        self.predictor: NDArray[np.int8] = np.zeros(self.size, np.int8)
         start = 0
         while rows := catalog.rows(
-            "SELECT number, raw_size, record_size, predictor FROM fragments WHERE number > ?"
-            " ORDER BY number LIMIT ?",
+            "SELECT number, raw_size, record_size, pack, predictor FROM fragments"
+            " WHERE number > ? ORDER BY number LIMIT ?",
             (start, _ROWS_AT_ONCE),
         ):
+            start = rows[-1][0]
             columns = np.array(rows, np.int64)
+            columns = columns[columns[:, 0] < self.size]
             numbers = columns[:, 0]
-            # A fragment committed after `size` was read is not counted yet.
-            known = columns[numbers < size]
-            self.raw[known[:, 0]] = known[:, 1]
-            self.record[known[:, 0]] = known[:, 2]
-            self.predictor[known[:, 0]] = known[:, 3]
-            start = int(numbers[-1])
+            self.raw[numbers] = columns[:, 1]
+            self.record[numbers] = columns[:, 2]
+            self.pack[numbers] = columns[:, 3]
+            self.predictor[numbers] = columns[:, 4]
+        self.bases = self._load_bases(catalog)
+
+    def _load_bases(self, catalog: Catalog) -> NDArray[np.int64]:
+        found = catalog.row("SELECT max(position) + 1 FROM bases")
+        count = int(found[0] or 0) if found else 0
+        bases: NDArray[np.int64] = np.zeros((count, self.size), np.int64)
+        place = (0, -1)
+        while rows := catalog.rows(
+            "SELECT fragment, position, base FROM bases WHERE (fragment, position) > (?, ?)"
+            " ORDER BY fragment, position LIMIT ?",
+            (*place, _ROWS_AT_ONCE),
+        ):
+            place = rows[-1][:2]
+            columns = np.array(rows, np.int64)
+            columns = columns[
+                (columns[:, 0] < self.size) & (columns[:, 1] < count) & (columns[:, 2] < self.size)
+            ]
+            bases[columns[:, 1], columns[:, 0]] = columns[:, 2]
+        return bases
+
+    def bases_of(self, numbers: Numbers) -> Numbers:
+        """The fragments that predictions of any of `numbers` read."""
+        below = np.unique(self.bases[:, numbers])
+        return below[below > 0]
+
+    def closure(self, numbers: Numbers) -> Numbers:
+        """The fragments that decoding all of `numbers` takes, themselves included."""
+        found = np.zeros(self.size, np.bool_)
+        found[numbers] = True
+        reached = numbers
+        for _ in range(CLOSURE_LIMIT):
+            below = self.bases_of(reached)
+            reached = below[~found[below]]
+            if not reached.size:
+                break
+            found[reached] = True
+        return np.flatnonzero(found)
+
+    def closure_sizes(self, numbers: Numbers) -> NDArray[np.int64]:
+        """How many fragments decoding each of `numbers` takes, itself included."""
+        # A pair says: decoding the fragment at `pair // size` of `numbers` takes `pair % size`.
+        reached = np.arange(numbers.size) * self.size + numbers
+        pairs = reached
+        for _ in range(CLOSURE_LIMIT):
+            below = self.bases[:, reached % self.size]
+            above = np.broadcast_to(reached // self.size, below.shape)
+            reached = np.unique((above * self.size + below)[below > 0])
+            reached = np.setdiff1d(reached, pairs, assume_unique=True)
+            if not reached.size:
+                break
+            pairs = np.union1d(pairs, reached)
+        return np.bincount(pairs // self.size, minlength=numbers.size)
+
+    def stored(self, numbers: Numbers) -> int:
+        """Record bytes of fragments."""
+        return int(self.record[numbers].sum())
 
 
-def _fragments_of(catalog: Catalog, model: int, size: int) -> NDArray[np.int64]:
-    """The distinct fragment numbers a model's files need."""
+@dataclass(frozen=True, slots=True)
+class ModelFragments:
+    """A model and the fragments of its files.
+
+    Attributes:
+        number: The catalog's integer for the model.
+        name: Its name.
+        own: The fragments in its files.
+    """
+
+    number: int
+    name: bytes
+    own: Numbers
+
+
+def fragments_of(catalog: Catalog, where: str, parameters: Sequence[object], size: int) -> Numbers:
+    """The fragments of contents.
+
+    Args:
+        catalog: The library's catalog.
+        where: A condition on the contents, in SQL.
+        parameters: Its parameters.
+        size: Numbers from here on are left out.
+    """
     parts = [
         np.frombuffer(ExtentMap.parse(blob).fragments, np.int64)
-        for (blob,) in catalog.rows(
-            "SELECT extents FROM contents WHERE number IN"
-            " (SELECT content FROM files WHERE model = ?)",
-            (model,),
-        )
+        for (blob,) in catalog.rows(f"SELECT extents FROM contents WHERE {where}", parameters)
     ]
     numbers = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
     return numbers[numbers < size]
+
+
+def models_by_age(catalog: Catalog, size: int) -> Iterator[ModelFragments]:
+    """Every model with the fragments of its files, the one that was added first first.
+
+    Args:
+        catalog: The library's catalog.
+        size: Fragment numbers from here on are left out.
+    """
+    of_model = "number IN (SELECT content FROM files WHERE model = ?)"
+    for number, name in catalog.rows("SELECT number, name FROM models ORDER BY added_ns, number"):
+        yield ModelFragments(number, name, fragments_of(catalog, of_model, (number,), size))
+
+
+class Owners:
+    """Which model each fragment belongs to: the oldest that has it in its files.
+
+    Args:
+        size: One more than the largest fragment number.
+
+    Attributes:
+        names: Names of the models seen, the oldest first.
+        of: Index into `names` by fragment number; `NO_OWNER` where there is none.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.names: list[bytes] = []
+        self.of: NDArray[np.int32] = np.full(size, NO_OWNER, np.int32)
+
+    def add(self, model: ModelFragments) -> None:
+        """Take the next model, in order of age."""
+        self.of[model.own[self.of[model.own] == NO_OWNER]] = len(self.names)
+        self.names.append(model.name)
+
+    def name(self, index: int) -> bytes | None:
+        """A model's name; None for `NO_OWNER`."""
+        return None if index == NO_OWNER else self.names[index]
+
+
+def predicted_by_owner(
+    table: FragmentTable, numbers: Numbers, owners: Owners
+) -> list[tuple[bytes | None, Numbers]]:
+    """The fragments that are predicted from each model's, by its name; what most are first.
+
+    Args:
+        table: All fragments.
+        numbers: The fragments to look at.
+        owners: Whose the bases are. None is the name of those that no model has any more.
+    """
+    below = table.bases[:, numbers]
+    owner = owners.of[below]
+    found = []
+    for index in np.unique(owner[below > 0]).tolist():
+        predicted = numbers[((owner == index) & (below > 0)).any(axis=0)]
+        found.append((owners.name(index), predicted))
+    found.sort(key=lambda item: -int(table.raw[item[1]].sum()))
+    return found
 
 
 def library_stats(catalog: Catalog, directory: Path, model: int | None) -> LibraryStats:
@@ -63,54 +232,118 @@ def library_stats(catalog: Catalog, directory: Path, model: int | None) -> Libra
         directory: The library's directory.
         model: A model's number, or None for all.
     """
-    fragments = _Fragments(catalog)
-    size = len(fragments.raw)
-    users = np.zeros(size, np.int32)
-    chosen = np.zeros(size, np.bool_)
-    for (number,) in catalog.rows("SELECT number FROM models"):
-        needed = _fragments_of(catalog, number, size)
-        users[needed] += 1
-        if model is None or number == model:
-            chosen[needed] = True
+    table = FragmentTable(catalog)
+    owners = Owners(table.size)
+    users = np.zeros(table.size, np.int32)
+    chosen = np.zeros(table.size, np.bool_)
+    needed = np.zeros(table.size, np.bool_)
+    model_count = 0
+    for other in models_by_age(catalog, table.size):
+        owners.add(other)
+        closure = table.closure(other.own)
+        users[closure] += 1
+        if model is None or other.number == model:
+            model_count += 1
+            chosen[other.own] = True
+            needed[closure] = True
+    own = np.flatnonzero(chosen)
     where, parameters = ("", ()) if model is None else (" WHERE model = ?", (model,))
     row = catalog.row(
-        "SELECT count(DISTINCT model), count(content), coalesce(sum(size), 0)"
+        "SELECT count(content), coalesce(sum(size), 0)"
         f" FROM files LEFT JOIN contents ON contents.number = content{where}",
         parameters,
     )
-    _, file_count, logical_bytes = row or (0, 0, 0)
-    model_count = 1 if model is not None else len(catalog.rows("SELECT 1 FROM models"))
-    unique_bytes = int(fragments.raw[chosen].sum())
-    saved = {"exact": logical_bytes - unique_bytes}
-    for predictor in Predictor:
-        mask = chosen & (fragments.predictor == predictor)
-        gain = int((fragments.raw[mask] - fragments.record[mask]).sum())
-        if gain:
-            saved[predictor.name.lower()] = gain
+    file_count, logical_bytes = row or (0, 0)
+    unique_bytes = int(table.raw[own].sum())
+    exclusive = needed if model is None else needed & (users == 1)
     return LibraryStats(
         model_count=model_count,
         file_count=file_count,
         logical_bytes=logical_bytes,
         unique_bytes=unique_bytes,
-        stored_bytes=int(fragments.record[chosen].sum()),
-        exclusive_bytes=int(
-            fragments.record[chosen & (users == 1) if model is not None else chosen].sum()
-        ),
-        fragment_count=int(chosen.sum()),
+        stored_bytes=table.stored(own),
+        exclusive_bytes=int(table.record[exclusive].sum()),
+        shared_bytes=int(table.record[chosen & (users > 1)].sum()),
+        base_bytes=int(table.record[needed & ~chosen].sum()),
+        fragment_count=own.size,
         shared_fragment_count=int((chosen & (users > 1)).sum()),
-        unreferenced_bytes=int(fragments.record[users == 0].sum()),
+        unreferenced_bytes=int(table.record[users == 0].sum()),
         disk_bytes=_apparent_bytes(directory) if model is None else 0,
-        saved_bytes=saved,
+        saved_bytes={"exact": logical_bytes - unique_bytes, **_saved_bytes(table, own)},
+        predicted_bytes={
+            os.fsdecode(name or b""): int(table.raw[numbers].sum())
+            for name, numbers in predicted_by_owner(table, own, owners)
+        },
     )
 
 
+def _saved_bytes(table: FragmentTable, own: Numbers) -> dict[str, int]:
+    saved = {}
+    for predictor in Predictor:
+        numbers = own[table.predictor[own] == predictor]
+        gain = int((table.raw[numbers] - table.record[numbers]).sum())
+        if gain:
+            saved[predictor.name.lower()] = gain
+    return saved
+
+
 def unreferenced_bytes(catalog: Catalog) -> int:
-    """Record bytes that no model needs."""
-    fragments = _Fragments(catalog)
-    used = np.zeros(len(fragments.raw), np.bool_)
-    for (number,) in catalog.rows("SELECT number FROM models"):
-        used[_fragments_of(catalog, number, len(used))] = True
-    return int(fragments.record[~used].sum())
+    """Record bytes that no model needs, neither in its files nor to decode them."""
+    table = FragmentTable(catalog)
+    needed = np.zeros(table.size, np.bool_)
+    for model in models_by_age(catalog, table.size):
+        needed[model.own] = True
+    needed[table.closure(np.flatnonzero(needed))] = True
+    return int(table.record[~needed].sum())
+
+
+class RemovedFragments:
+    """What becomes of the fragments of files that are removed. Made before that, asked after it.
+
+    Args:
+        catalog: The library's catalog.
+        files: The files of a model some of which will be removed.
+    """
+
+    def __init__(self, catalog: Catalog, files: Sequence[FileEntry]) -> None:
+        self._catalog = catalog
+        size = catalog.next_number("fragments")
+        self._of_content = {
+            content: fragments_of(catalog, "number = ?", (content,), size)
+            for content in {file.content for file in files}
+        }
+
+    def count(self, removed_files: Sequence[FileEntry]) -> tuple[int, int, list[tuple[bytes, int]]]:
+        """Count, once files have been removed.
+
+        Args:
+            removed_files: Those of the files that were.
+
+        Returns:
+            (record bytes in the whole library that no model needs, record bytes of the removed
+            files' fragments that are in no file any more and stay because others are predicted from
+            them, the models that those others are in with the record bytes each needs, most first).
+        """
+        table = FragmentTable(self._catalog)
+        in_files = np.zeros(table.size, np.bool_)
+        needed = np.zeros(table.size, np.bool_)
+        removed = np.zeros(table.size, np.bool_)
+        for file in removed_files:
+            removed[self._of_content[file.content]] = True
+        below: list[tuple[bytes, Numbers]] = []
+        for model in models_by_age(self._catalog, table.size):
+            closure = table.closure(model.own)
+            in_files[model.own] = True
+            needed[closure] = True
+            below.append((model.name, closure[removed[closure]]))
+        kept = removed & needed & ~in_files
+        users = [(name, table.stored(numbers[kept[numbers]])) for name, numbers in below]
+        users.sort(key=lambda item: -item[1])
+        return (
+            int(table.record[~needed].sum()),
+            int(table.record[kept].sum()),
+            [(name, size) for name, size in users if size],
+        )
 
 
 def _apparent_bytes(directory: Path) -> int:

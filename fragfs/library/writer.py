@@ -10,25 +10,24 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from fragfs.errors import FormatError, LimitError, StorageError
+from fragfs.library.appender import PackAppender, PackState
 from fragfs.library.catalog import SNAPSHOT_NAME, Catalog
 from fragfs.library.closure import closure_of
 from fragfs.library.files import Files
 from fragfs.library.lock import writer_lock
 from fragfs.library.packs import PACKS_NAME, pack_name, pack_number, scan_records
 from fragfs.library.records import (
-    FRAGMENT_HEADER,
     PACK_HEADER,
-    RECORD_HEADER,
     BatchTrailer,
-    IndexEntry,
     PackHeader,
     RecordHeader,
     RecordKind,
@@ -45,86 +44,25 @@ from fragfs.types import Fragment, FragmentId, FragmentMetadata, LibraryConfig
 if TYPE_CHECKING:
     from fragfs.similarity.signature import FragmentSignature
 
-__all__ = ["STAGING_NAME", "Batch", "LibraryWriter", "PackState"]
+__all__ = ["STAGING_NAME", "Batch", "LibraryWriter", "Replacement"]
 
 STAGING_NAME = "staging"
 _INTENT_NAME = "batch.intent"
 
-# Appends are gathered to this size: one writev of a few MiB instead of one per fragment.
-_BUFFERED_BYTES_MAX = 4 << 20
 
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """Another record for a stored fragment.
 
-class PackState:
-    """States of a pack in the catalog. Codes are on disk."""
+    Attributes:
+        number: The fragment's number.
+        fragment: It, encoded anew.
+        signature: What later fragments find it by; None leaves what the catalog has.
+    """
 
-    OPEN = 0
-    SEALED = 1
-    ABANDONED = 2
-
-
-class _PackAppender:
-    """One pack open for appending, with a small write buffer."""
-
-    def __init__(self, files: Files, path: Path, number: int, size: int, *, new: bool) -> None:
-        self.number = number
-        self.path = path
-        self.size = size
-        self.new = new
-        self._files = files
-        self._descriptor = files.create(path) if new else files.open_append(path)
-        self._buffers: list[bytes | memoryview] = []
-        self._buffered = 0
-
-    def append(self, *buffers: bytes | memoryview) -> int:
-        """Append; returns the offset of the first byte."""
-        offset = self.size
-        for buffer in buffers:
-            self._buffers.append(buffer)
-            self._buffered += len(buffer)
-            self.size += len(buffer)
-        if self._buffered >= _BUFFERED_BYTES_MAX:
-            self.flush()
-        return offset
-
-    def flush(self) -> None:
-        """Hand the buffer to the operating system."""
-        self._files.append(self._descriptor, self._buffers)
-        self._buffers = []
-        self._buffered = 0
-
-    def sync(self) -> None:
-        """Make everything appended durable."""
-        self.flush()
-        self._files.sync(self._descriptor)
-
-    def index_entries(self) -> list[IndexEntry] | None:
-        """What an index of this pack lists: its records, whichever process wrote them.
-
-        None if a damaged record hides those behind it: no index is better than half of one.
-        """
-        self.flush()
-        entries = []
-        end = PACK_HEADER.size
-        for record in scan_records(self._files, self._descriptor, PACK_HEADER.size, self.size):
-            fragment, raw_size = bytes(32), 0
-            if record.header.kind is RecordKind.FRAGMENT:
-                values = FRAGMENT_HEADER.unpack(record.data, RECORD_HEADER.size)
-                fragment, raw_size = bytes(values[0]), int(values[2])
-            entries.append(
-                IndexEntry(
-                    fragment,
-                    record.offset,
-                    record.header.record_size,
-                    raw_size,
-                    record.header.kind,
-                )
-            )
-            end = record.offset + record.header.record_size
-        return entries if end == self.size else None
-
-    def close(self) -> None:
-        """Close the descriptor; what was not flushed is dropped."""
-        self._files.close(self._descriptor)
+    number: int
+    fragment: Fragment
+    signature: FragmentSignature | None = None
 
 
 class Batch:
@@ -141,12 +79,13 @@ class Batch:
         self.started_s = time.monotonic()
         self._generation, self._parent = self._catalog.generation()
         self._abandoned = writer.examine_leftovers()
-        self._pack: _PackAppender | None = None
+        self._pack: PackAppender | None = None
         self._next_fragment = self._catalog.next_number("fragments")
         self._pending: dict[FragmentId, FragmentMetadata] = {}
         self._moved: dict[int, FragmentMetadata] = {}
         self._bases: dict[int, tuple[int, ...]] = {}
         self._signatures: dict[int, FragmentSignature | None] = {}
+        self._retired: set[int] = set()
         self._record_count = 0
         self._batch_offset = 0
         self._headers = xxhash.xxh3_64()
@@ -187,7 +126,9 @@ class Batch:
         if known is not None:
             return known
         number = self._next_fragment
-        bases = self._base_numbers(fragment, number)
+        bases = self._base_numbers(fragment)
+        # Nothing is predicted yet from a fragment that is new.
+        self._check_closure(number, lambda of: bases if of == number else self.bases(of))
         metadata = self._append(fragment, number)
         self._next_fragment += 1
         self._pending[fragment.id] = metadata
@@ -195,56 +136,74 @@ class Batch:
         self._signatures[number] = signature
         return metadata
 
-    def replace_fragment(
-        self, fragment: Fragment, number: int, signature: FragmentSignature | None = None
-    ) -> FragmentMetadata:
-        """Append another record for a fragment that is stored already: its old one is damaged, or
-        a smaller one was found. The catalog points to it once the batch is committed.
+    def replace_fragments(self, changes: Sequence[Replacement]) -> list[FragmentMetadata]:
+        """Append other records for fragments that are stored already: the old ones are damaged, or
+        smaller ones were found. The catalog points to them once the batch is committed.
+
+        The changes are made together: only what results must keep to the limits.
 
         Raises:
-            LimitError: As for `append_fragment`, also on behalf of fragments predicted from it.
+            LimitError: Decoding one of them, or a fragment predicted from one, would take more
+                fragments than the library allows, or a base is gone; nothing was appended.
         """
-        bases = self._base_numbers(fragment, number)
-        metadata = self._append(fragment, number)
-        self._moved[number] = metadata
-        self._bases[number] = bases
-        if signature is not None:
-            self._signatures[number] = signature
-        return metadata
+        bases = {change.number: self._base_numbers(change.fragment) for change in changes}
 
-    def _base_numbers(self, fragment: Fragment, number: int) -> tuple[int, ...]:
-        """Look the bases up and check closures; the lock is held, so they stay what they are."""
+        def changed(number: int) -> tuple[int, ...]:
+            found = bases.get(number)
+            return self.bases(number) if found is None else found
+
+        for number in bases.keys() | self._all_dependents(bases):
+            self._check_closure(number, changed)
+        replaced = []
+        for change in changes:
+            metadata = self._append(change.fragment, change.number)
+            self._moved[change.number] = metadata
+            self._bases[change.number] = bases[change.number]
+            if change.signature is not None:
+                self._signatures[change.number] = change.signature
+            replaced.append(metadata)
+        return replaced
+
+    def index_fragment(self, number: int, signature: FragmentSignature) -> None:
+        """Let a stored fragment be found as a base."""
+        self._signatures[number] = signature
+
+    def move_fragment(self, metadata: FragmentMetadata, record: bytes) -> None:
+        """Append a copy of a fragment's record, which the catalog shall point to from now on."""
+        pack = self._appender()
+        offset = pack.append(record)
+        self._count(parse_record_header(record, "a copied record"))
+        self._moved[metadata.number] = replace(metadata, pack=pack.number, offset=offset)
+        self._bases.setdefault(metadata.number, self._catalog.bases(metadata.number))
+
+    def retire_pack(self, number: int) -> None:
+        """Nothing in a pack counts any more once this batch is committed; call it first."""
+        self._retired.add(number)
+
+    def _base_numbers(self, fragment: Fragment) -> tuple[int, ...]:
+        """Numbers of a fragment's bases; the lock is held, so they stay what they are."""
         numbers = []
         for base in fragment.bases:
             found = self._pending.get(base) or self._catalog.find_fragment(base)
             if found is None:
                 raise LimitError(f"fragment {base.short} is not in the library any more")
             numbers.append(found.number)
-        if not numbers:
-            return ()
-        bases = tuple(numbers)
+        return tuple(numbers)
 
-        def changed(of: int) -> tuple[int, ...]:
-            return bases if of == number else self.bases(of)
-
-        # Nothing can be predicted yet from a fragment that is new.
-        affected = self._all_dependents(number) if number < self._next_fragment else set()
-        for dependent in (number, *affected):
-            closure = closure_of([dependent], changed)
-            if len(closure) > self._writer.config.closure_max:
-                raise LimitError("a prediction would take more fragments than the library allows")
-        if number in closure_of(numbers, self.bases):
+    def _check_closure(self, number: int, bases: Callable[[int], Sequence[int]]) -> None:
+        if number in closure_of(bases(number), bases):
             raise LimitError("a fragment cannot be predicted from itself")
-        return bases
+        if len(closure_of([number], bases)) > self._writer.config.closure_max:
+            raise LimitError("a prediction would take more fragments than the library allows")
 
-    def _all_dependents(self, number: int) -> set[int]:
-        """Every fragment that decoding takes this one for."""
+    def _all_dependents(self, numbers: Iterable[int]) -> set[int]:
+        """Every fragment that cannot be decoded without one of these."""
         found: set[int] = set()
-        waiting = [number]
+        waiting = list(numbers)
         while waiting:
-            current = waiting.pop()
-            direct = set(self._catalog.dependents(current))
-            direct |= {of for of, bases in self._bases.items() if current in bases}
+            number = waiting.pop()
+            direct = set(self._catalog.dependents(number))
+            direct |= {of for of, bases in self._bases.items() if number in bases}
             waiting += direct - found
             found |= direct
         return found
@@ -274,9 +233,9 @@ class Batch:
         self._headers.update(header.header_checksum.to_bytes(8, "little"))
         self._record_count += 1
 
-    def _appender(self) -> _PackAppender:
+    def _appender(self) -> PackAppender:
         if self._pack is None:
-            self._pack = self._writer.open_pack()
+            self._pack = self._writer.open_pack(self._retired)
             self._batch_offset = self._pack.size
         return self._pack
 
@@ -345,6 +304,10 @@ class Batch:
                 "INSERT OR REPLACE INTO packs VALUES (?, ?, ?, ?)",
                 (pack.number, pack.size, pack.size, state),
             )
+            connection.executemany(
+                "UPDATE packs SET state = ? WHERE number = ?",
+                ((PackState.RETIRED, number) for number in self._retired),
+            )
             connection.execute(
                 "UPDATE library SET generation = ?, batch = ?", (self._generation + 1, batch)
             )
@@ -365,9 +328,7 @@ class Batch:
         # In key order: neighbours in the table, so that pages are touched once.
         connection.executemany(
             "INSERT OR IGNORE INTO similar VALUES (?, ?)",
-            sorted(
-                (key, number) for number, signature in signed.items() for key in signature.keys
-            ),
+            sorted((key, number) for number, signature in signed.items() for key in signature.keys),
         )
 
     def close(self) -> None:
@@ -424,8 +385,8 @@ class LibraryWriter:
     def _locked(self) -> AbstractContextManager[None]:
         return writer_lock(self._directory, self._lock_timeout_s, self.catalog.generation)
 
-    def open_pack(self) -> _PackAppender:
-        """The open pack, if nothing follows its committed bytes; else a new one.
+    def open_pack(self, retired: Collection[int] = ()) -> PackAppender:
+        """The open pack, if nothing follows its committed bytes and it stays; else a new one.
 
         A pack is never truncated: another process may be reading it, and a crash's leftovers are
         evidence.
@@ -434,16 +395,16 @@ class LibraryWriter:
             "SELECT number, committed_size FROM packs WHERE state = ? ORDER BY number DESC",
             (PackState.OPEN,),
         )
-        if row is not None:
+        if row is not None and row[0] not in retired:
             number, size = int(row[0]), int(row[1])
             path = self._packs / pack_name(number)
             if path.name in self._files.names(self._packs) and self._files.size(path) == size:
-                return _PackAppender(self._files, path, number, size, new=False)
+                return PackAppender(self._files, path, number, size, new=False)
         known = self.catalog.row("SELECT max(number) FROM packs")
         highest = int(known[0] or 0) if known else 0
         highest = max([highest, *self._pack_numbers()])
         number = highest + 1
-        pack = _PackAppender(self._files, self._packs / pack_name(number), number, 0, new=True)
+        pack = PackAppender(self._files, self._packs / pack_name(number), number, 0, new=True)
         pack.append(pack_pack_header(PackHeader(self._uuid, number, self.config)))
         return pack
 

@@ -1,8 +1,9 @@
 """Measure fragfs on this machine, beside other tools: `make bench`, `python -m tools.bench`.
 
 Prints the machine, the date and the command, then tables in Markdown, one per section: storage,
-codec, add, read, limits, and with --large also large. Works in a temporary directory and leaves
-nothing behind. Other tools are measured where they are installed: zipnn (a package), mksquashfs.
+codec, add, read, limits, with --large also large, and family only where it is asked for: it takes
+long. Works in a temporary directory and leaves nothing behind. Other tools are measured where they
+are installed: zipnn (a package), mksquashfs, borg.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fragfs.errors import FragmentError
 from tools.bench.codec import measure_codec
+from tools.bench.family import LEVELS, FamilyOptions, measure_family
 from tools.bench.large import measure_large
 from tools.bench.limits import measure_limits
 from tools.bench.report import Table, describe_machine, list_targets
@@ -28,14 +31,19 @@ from tools.bench.workplace import BenchError, workspace
 
 __all__ = ["main"]
 
-SECTIONS: dict[str, Callable[[Setting], list[Table]]] = {
+Section = Callable[[Setting], list[Table]]
+
+SECTIONS: dict[str, Section] = {
     "storage": measure_storage,
     "codec": measure_codec,
     "add": measure_add,
     "read": measure_read,
     "limits": measure_limits,
     "large": measure_large,
+    "family": partial(measure_family, options=FamilyOptions()),
 }
+
+_NOT_BY_DEFAULT = {"large", "family"}
 
 _MEBIBYTE = 1 << 20
 
@@ -43,7 +51,7 @@ _MEBIBYTE = 1 << 20
 def main(arguments: list[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sections = chosen.section or [name for name in SECTIONS if name != "large"]
+    sections = chosen.section or [name for name in SECTIONS if name not in _NOT_BY_DEFAULT]
     if chosen.large is not None and "large" not in sections:
         sections.append("large")
     try:
@@ -55,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
                 transfer_bytes=chosen.transfer_mib * _MEBIBYTE,
                 large_bytes=int((chosen.large or 4.0) * 1e9),
             )
-            document = _run(setting, sections)
+            options = FamilyOptions(
+                chosen.family, chosen.orders, tuple(chosen.level or ()), not chosen.no_optimize
+            )
+            available = SECTIONS | {"family": partial(measure_family, options=options)}
+            document = _run(setting, {name: available[name] for name in sections})
     except (BenchError, FragmentError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -75,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--section",
         action="append",
         choices=SECTIONS,
-        help="run this one alone; may be repeated (default: all but large)",
+        help="run this one alone; may be repeated (default: all but large and family)",
     )
     parser.add_argument(
         "--large",
@@ -84,6 +96,29 @@ def _parser() -> argparse.ArgumentParser:
         const=4.0,
         metavar="GB",
         help="also run the section large, with a model of so many GB (4)",
+    )
+    parser.add_argument(
+        "--family",
+        type=_directory,
+        metavar="DIR",
+        help="section family: use the models in DIR (default: make them, which takes minutes)",
+    )
+    parser.add_argument(
+        "--orders",
+        type=int,
+        default=0,
+        choices=range(8),
+        metavar="N",
+        help="section family: also add them in N other orders, each takes minutes (0; up to 7)",
+    )
+    parser.add_argument(
+        "--level",
+        action="append",
+        choices=LEVELS,
+        help="section family: measure this level alone; may be repeated",
+    )
+    parser.add_argument(
+        "--no-optimize", action="store_true", help="section family: leave out `fragfs optimize`"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     parser.add_argument(
@@ -123,7 +158,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _run(setting: Setting, sections: list[str]) -> dict[str, object]:
+def _run(setting: Setting, sections: dict[str, Section]) -> dict[str, object]:
     """Run the sections, printing each as it is done; gives all of it for programs."""
     start = time.monotonic()
     machine = describe_machine(setting.place)
@@ -131,9 +166,9 @@ def _run(setting: Setting, sections: list[str]) -> dict[str, object]:
         print(f"- {name}: {value}")
     tables: dict[str, list[Table]] = {}
     figures: dict[str, float] = {}
-    for section in sections:
+    for section, measure in sections.items():
         begun = time.monotonic()
-        tables[section] = SECTIONS[section](setting)
+        tables[section] = measure(setting)
         for table in tables[section]:
             print(f"\n{table.markdown()}", end="", flush=True)
             figures |= table.figures

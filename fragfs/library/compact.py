@@ -1,0 +1,225 @@
+"""Giving back the space of records that no longer count, by copying the others out of a pack.
+
+Records are copied as they are, checked but not decoded. The catalog points to the copies in the same
+commit that retires the pack; only then, and after readers without write access got their new snapshot,
+is the file removed. A crash leaves the pack, or its file, to be removed by the next run. Numbers of
+packs are never used again, so a reader that still has an old place finds no other bytes there: it
+looks the place up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fragfs.errors import FragmentError, IntegrityError, StorageError
+from fragfs.library.appender import PackState
+from fragfs.library.catalog import Catalog
+from fragfs.library.files import Files
+from fragfs.library.manifests import parse_manifest
+from fragfs.library.packs import PACKS_NAME, PackReader, pack_name, scan_records
+from fragfs.library.publish import pack_current_manifest
+from fragfs.library.records import (
+    PACK_HEADER,
+    RecordKind,
+    RetiredBatch,
+    checksum,
+    pack_retirement,
+    parse_batch_trailer,
+    parse_fragment_record,
+    parse_retirement,
+)
+from fragfs.library.writer import Batch
+from fragfs.types import FragmentId, FragmentMetadata
+
+__all__ = ["CompactReport", "Compactor"]
+
+_GARBAGE_SHARE_MIN = 0.02
+_GARBAGE_BYTES_MIN = 64 << 10
+"""Packs with less to give back are left alone: giving it back means copying all the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompactReport:
+    """What a compaction did.
+
+    Attributes:
+        freed_bytes: By how much the packs shrank, copies deducted.
+        kept: Packs that were left alone because a record in them is damaged, with the reason.
+    """
+
+    freed_bytes: int
+    kept: tuple[tuple[int, str], ...]
+
+
+@dataclass(slots=True)
+class _Contents:
+    """What a pack holds besides fragments.
+
+    Attributes:
+        manifests: Names of models, and the size of the newest manifest of each.
+        removals: Names of models that were removed or renamed.
+        batches: The batches in it, and those it vouches for since their packs are gone.
+    """
+
+    manifests: dict[bytes, int]
+    removals: set[bytes]
+    batches: list[RetiredBatch]
+
+
+class Compactor:
+    """Copies what counts out of packs with much that does not, and removes them.
+
+    Args:
+        files: How to read and unlink.
+        directory: The library's directory.
+        catalog: Its catalog.
+        packs: Reads its packs.
+        start_batch: Takes the writer lock and begins a batch.
+        publish_snapshot: Brings the copy for readers without write access up to date.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        directory: Path,
+        catalog: Catalog,
+        packs: PackReader,
+        start_batch: Callable[[], AbstractContextManager[Batch]],
+        publish_snapshot: Callable[[], None],
+    ) -> None:
+        self._files = files
+        self._directory = directory / PACKS_NAME
+        self._catalog = catalog
+        self._packs = packs
+        self._start_batch = start_batch
+        self._publish_snapshot = publish_snapshot
+
+    def run(self) -> CompactReport:
+        """Compact every pack that pays, one commit each."""
+        before = self._pack_bytes()
+        kept = []
+        for number in self._wasteful():
+            with self._start_batch() as batch:
+                try:
+                    self._copy(batch, number)
+                except FragmentError as error:
+                    if isinstance(error, StorageError) and error.retryable:
+                        raise
+                    kept.append((number, error.message))
+                    continue
+                batch.commit()
+        self._publish_snapshot()
+        self._remove_retired()
+        return CompactReport(before - self._pack_bytes(), tuple(kept))
+
+    def _pack_bytes(self) -> int:
+        return sum(
+            self._files.size(self._directory / name) for name in self._files.names(self._directory)
+        )
+
+    def _wasteful(self) -> list[int]:
+        """Numbers of the packs with enough to give back."""
+        live = dict(
+            self._catalog.rows("SELECT pack, sum(record_size) FROM fragments GROUP BY pack")
+        )
+        there = set(self._files.names(self._directory))
+        found = []
+        for number, state in self._catalog.rows("SELECT number, state FROM packs"):
+            name = pack_name(number)
+            if state == PackState.RETIRED or name not in there:
+                continue
+            size = self._files.size(self._directory / name)
+            waste = size - int(live.get(number, 0))
+            if waste >= max(_GARBAGE_BYTES_MIN, _GARBAGE_SHARE_MIN * size):
+                waste -= self._current_manifest_bytes(number)
+                if waste >= max(_GARBAGE_BYTES_MIN, _GARBAGE_SHARE_MIN * size):
+                    found.append(number)
+        return found
+
+    def _current_manifest_bytes(self, number: int) -> int:
+        """What the newest manifests in a pack would take again elsewhere."""
+        contents = self._contents(number)
+        return sum(size for name, size in contents.manifests.items() if self._is_model(name))
+
+    def _contents(self, number: int) -> _Contents:
+        """Everything in the committed part of a pack that is no fragment."""
+        row = self._catalog.row("SELECT committed_size FROM packs WHERE number = ?", (number,))
+        end = int(row[0]) if row else 0
+        found = _Contents({}, set(), [])
+        descriptor = self._files.open_read(self._directory / pack_name(number))
+        try:
+            for record in scan_records(self._files, descriptor, PACK_HEADER.size, end):
+                kind = record.header.kind
+                if kind is RecordKind.BATCH_TRAILER:
+                    trailer = parse_batch_trailer(record.data)
+                    found.batches.append(
+                        RetiredBatch(trailer.generation, trailer.batch, trailer.parent)
+                    )
+                if kind not in (
+                    RecordKind.MANIFEST,
+                    RecordKind.REMOVAL,
+                    RecordKind.RETIREMENT,
+                ):
+                    continue
+                start = record.offset + record.header.header_size
+                payload = self._files.read_at(descriptor, record.header.payload_size, start)
+                if checksum(payload) != record.header.payload_checksum:
+                    raise IntegrityError(
+                        f"stored bytes differ from their checksum in pack {number} at offset"
+                        f" {record.offset}",
+                        offset=record.offset,
+                        remedy="restore the pack from a backup",
+                    )
+                if kind is RecordKind.MANIFEST:
+                    found.manifests[parse_manifest(payload, f"pack {number}").name] = (
+                        record.header.record_size
+                    )
+                elif kind is RecordKind.REMOVAL:
+                    found.removals.add(payload)
+                else:
+                    found.batches += parse_retirement(payload)
+        finally:
+            self._files.close(descriptor)
+        return found
+
+    def _is_model(self, name: bytes) -> bool:
+        return self._catalog.row("SELECT 1 FROM models WHERE name = ?", (name,)) is not None
+
+    def _copy(self, batch: Batch, number: int) -> None:
+        """Append copies of all that counts in a pack, and retire it.
+
+        Raises:
+            FragmentError: A record is damaged: the pack may be all that is left of it.
+        """
+        batch.retire_pack(number)
+        for row in self._catalog.rows(
+            "SELECT number, id, pack, offset, record_size, raw_size, predictor FROM fragments"
+            " WHERE pack = ? ORDER BY offset",
+            (number,),
+        ):
+            metadata = FragmentMetadata(row[0], FragmentId(row[1]), *row[2:])
+            record = self._packs.read(number, metadata.offset, metadata.record_size)
+            parse_fragment_record(record, f"pack {number} at offset {metadata.offset}")
+            batch.move_fragment(metadata, record)
+        contents = self._contents(number)
+        for name in sorted(contents.manifests.keys() | contents.removals):
+            if self._is_model(name):
+                manifest = pack_current_manifest(self._catalog, name)
+                batch.append_plain(RecordKind.MANIFEST, manifest)
+            else:
+                batch.append_plain(RecordKind.REMOVAL, name)
+        batch.append_plain(RecordKind.RETIREMENT, pack_retirement(contents.batches))
+
+    def _remove_retired(self) -> None:
+        """Remove the files of retired packs; descriptors that readers hold stay good."""
+        there = set(self._files.names(self._directory))
+        for (number,) in self._catalog.rows(
+            "SELECT number FROM packs WHERE state = ?", (PackState.RETIRED,)
+        ):
+            if pack_name(number) in there:
+                self._files.unlink(self._directory / pack_name(number))
+        self._files.sync_directory(self._directory)
+        self._packs.drop_descriptors()

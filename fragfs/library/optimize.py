@@ -1,0 +1,418 @@
+"""`fragfs optimize`: plan the bases of stored fragments again, all that resemble each other together.
+
+Adding plans a fragment with what was there before it: a base that came last was predicted from its
+fine-tunes. Here each group of similar fragments is planned as a whole (`similarity.plan`), encoded,
+proven, and written only if all of it takes less than before. A group is changed in one commit: readers
+see the old records or the new ones, and a crash leaves either. What is not worth changing stays, so an
+interrupted run loses nothing and the next one finds the rest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from fragfs.codec.choose import (
+    NO_ROWS,
+    Candidate,
+    Rows,
+    encode_from,
+    estimate_blends,
+    estimate_single,
+    estimate_solo,
+)
+from fragfs.codec.solo import Encoding, encode_solo
+from fragfs.errors import FragmentError, LimitError, StorageError
+from fragfs.library.catalog import Catalog
+from fragfs.library.closure import closure_of
+from fragfs.library.decode import FragmentDecoder
+from fragfs.library.planning import CatalogSignatureRows, prove
+from fragfs.library.progress import Progress
+from fragfs.library.recent import RecentFragments
+from fragfs.library.records import fragment_header_size
+from fragfs.library.writer import Batch, Replacement
+from fragfs.similarity.index import SimilarityIndex
+from fragfs.similarity.plan import Group, plan_group
+from fragfs.similarity.signature import FragmentSignature
+from fragfs.similarity.sketch import sketch_distances
+from fragfs.types import Dtype, FragmentId, FragmentMetadata, Level, LibraryConfig
+
+__all__ = ["OptimizeReport", "Optimizer"]
+
+_MEMBERS_MAX = 40
+_MEMBERS_BYTES_MAX = 96 << 20
+"""A group is held in memory, decoded; another one is gathered meanwhile."""
+
+_NEIGHBOURS_MAX = 6
+"""Members that each member is tried against, besides the likely hubs."""
+_HUBS_MAX = 3
+
+_BLENDED_MAX = 4
+"""Cheapest bases that blends are made of."""
+_BLEND_GAIN = 0.8
+"""What a blend must save against one base: it doubles what a read decodes."""
+
+_GAIN_MIN = 0.005
+"""A group is rewritten if that saves this share of it."""
+
+_COMMIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizeReport:
+    """What an optimization did.
+
+    Attributes:
+        examined_count: Fragments that were planned again.
+        changed_count: Fragments that got another record.
+        before_bytes: Record bytes of all fragments before.
+        after_bytes: And after.
+        freed_bytes: What the packs gave back to the disk.
+        kept: Packs that were left as they are because a record in them is damaged, and why.
+    """
+
+    examined_count: int
+    changed_count: int
+    before_bytes: int
+    after_bytes: int
+    freed_bytes: int = 0
+    kept: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(slots=True)
+class _Member:
+    """A fragment of a group, decoded.
+
+    Attributes:
+        metadata: Where it is stored.
+        candidate: Its bytes and how they read.
+        signature: What others find it by.
+        bases: Its bases now.
+        fixed: It was planned in an earlier group, and stays as it is.
+        rows: How its words lie in the rows of its tensor.
+    """
+
+    metadata: FragmentMetadata
+    candidate: Candidate
+    signature: FragmentSignature
+    bases: tuple[int, ...]
+    fixed: bool
+    rows: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What became of a group: its changes, and what they take more or less."""
+
+    examined: int
+    raw_bytes: int
+    changes: list[Replacement] = field(default_factory=list)
+    gain_bytes: int = 0
+
+
+class Optimizer:
+    """Plans and runs one optimization.
+
+    Args:
+        catalog: The library's catalog.
+        decoder: Decodes its fragments.
+        config: Its settings.
+        level: What encodings to prefer.
+        start_batch: Takes the writer lock and begins a batch.
+        rows: Rows of quantized tensors, by fragment id.
+        workers: Threads that plan.
+        progress: Told about bytes of fragments planned.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        decoder: FragmentDecoder,
+        config: LibraryConfig,
+        level: Level,
+        start_batch: Callable[[], AbstractContextManager[Batch]],
+        rows: Mapping[FragmentId, Rows],
+        workers: int,
+        progress: Progress,
+    ) -> None:
+        self._catalog = catalog
+        self._decoder = decoder
+        self._config = config
+        self._level = level
+        self._all_anew = level is not config.level
+        self._start_batch = start_batch
+        self._rows = rows
+        self._workers = workers
+        self._progress = progress
+        self._index = SimilarityIndex(CatalogSignatureRows(catalog))
+        self._recent = RecentFragments(_MEMBERS_BYTES_MAX)
+        self._done: set[int] = set()
+
+    def run(self) -> OptimizeReport:
+        """Plan every group of similar fragments again, and write what got smaller."""
+        before = self._record_bytes()
+        total = self._catalog.row("SELECT coalesce(sum(raw_size), 0) FROM fragments")
+        self._progress.start("optimizing", int(total[0]) if total else 0)
+        self._sign_unsigned()
+        examined = changed = 0
+        waiting: list[list[Replacement]] = []
+        waiting_bytes = 0
+        for result in self._plan_groups():
+            examined += result.examined
+            self._progress.advance(result.raw_bytes)
+            if result.changes:
+                waiting.append(result.changes)
+                waiting_bytes += sum(len(c.fragment.payload) for c in result.changes)
+            if waiting_bytes >= _COMMIT_BYTES:
+                changed += self._commit(waiting)
+                waiting, waiting_bytes = [], 0
+        changed += self._commit(waiting)
+        return OptimizeReport(examined, changed, before, self._record_bytes())
+
+    def _record_bytes(self) -> int:
+        row = self._catalog.row("SELECT coalesce(sum(record_size), 0) FROM fragments")
+        return int(row[0]) if row else 0
+
+    def _numbers(self) -> Iterator[int]:
+        """All fragments, oldest first; found a few at a time, for none are held."""
+        last = 0
+        while rows := self._catalog.rows(
+            "SELECT number FROM fragments WHERE number > ? ORDER BY number LIMIT 10000", (last,)
+        ):
+            for (number,) in rows:
+                yield number
+            last = rows[-1][0]
+
+    def _sign_unsigned(self) -> None:
+        """Sign what an older fragfs has stored without a signature and nothing is predicted for."""
+        found: dict[int, FragmentSignature] = {}
+        for (number,) in self._catalog.rows(
+            "SELECT number FROM fragments WHERE number NOT IN (SELECT fragment FROM signatures)"
+            " AND number NOT IN (SELECT fragment FROM bases) AND raw_size >= 512"
+        ):
+            try:
+                raw, dtype = self._decode(number)
+            except FragmentError:
+                continue  # damaged: `verify` tells, and nothing new shall rest on it
+            signature = self._index.sign(raw, dtype)
+            if signature is not None:
+                found[number] = signature
+        if found:
+            with self._start_batch() as batch:
+                for number, signature in found.items():
+                    batch.index_fragment(number, signature)
+                batch.commit()
+
+    def _decode(self, number: int) -> tuple[memoryview, Dtype]:
+        raw = self._decoder.decode(number, self._recent)
+        return raw, self._decoder.read_header(self._catalog.fragment(number)).dtype
+
+    # --- groups
+
+    def _plan_groups(self) -> Iterator[_Result]:
+        waiting: deque[Future[_Result]] = deque()
+        with ThreadPoolExecutor(self._workers, "fragfs-optimize") as pool:
+            try:
+                for number in self._numbers():
+                    if number in self._done:
+                        continue
+                    members = self._gather(number)
+                    self._done.update(member.metadata.number for member in members)
+                    self._done.add(number)
+                    if len(members) > 1 or (members and self._all_anew):
+                        waiting.append(pool.submit(self._plan, members))
+                    while len(waiting) > self._workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _gather(self, number: int) -> list[_Member]:
+        """A fragment and those that resemble it, also the ones too deep to be found as bases."""
+        seed = self._member(number)
+        if seed is None:
+            return []
+        found = {number: seed}
+        matches = self._index.query(seed.signature, count=_MEMBERS_MAX, exclude=(number,))
+        near = [match.fragment for match in matches]
+        linked = [
+            other
+            for member in (number, *near)
+            for other in (*self._catalog.bases(member), *self._catalog.dependents(member))
+        ]
+        held = seed.metadata.raw_size
+        for other in dict.fromkeys((*seed.bases, *near, *linked)):
+            if len(found) >= _MEMBERS_MAX or held >= _MEMBERS_BYTES_MAX:
+                break
+            if other in found:
+                continue
+            member = self._member(other)
+            if member is not None:
+                found[other] = member
+                held += member.metadata.raw_size
+        return list(found.values())
+
+    def _member(self, number: int) -> _Member | None:
+        """A fragment, decoded; None if it is damaged, or has no numbers to compare."""
+        try:
+            metadata = self._catalog.fragment(number)
+            raw, dtype = self._decode(number)
+        except StorageError as error:
+            if error.retryable:
+                raise
+            return None
+        except FragmentError:
+            return None
+        signature = self._index.sign(raw, dtype)
+        if signature is None:
+            return None
+        return _Member(
+            metadata,
+            Candidate(raw, dtype),
+            signature,
+            self._catalog.bases(number),
+            number in self._done,
+            self._rows.get(metadata.id, NO_ROWS),
+        )
+
+    # --- one group, in a worker
+
+    def _plan(self, members: list[_Member]) -> _Result:
+        free = [index for index, member in enumerate(members) if not member.fixed]
+        raw_bytes = sum(members[index].metadata.raw_size for index in free)
+        if not free:
+            return _Result(0, raw_bytes)
+        group = self._estimate(members)
+
+        def find_blends(index: int, singles: Sequence[int]) -> dict[tuple[int, ...], float]:
+            return self._estimate_blends(members, group, index, singles[:_BLENDED_MAX])
+
+        plan = plan_group(group, self._config.closure_max, find_blends)
+        numbers = {member.metadata.number: index for index, member in enumerate(members)}
+        changes: list[Replacement] = []
+        gain = old_bytes = 0
+        for index in free:
+            member = members[index]
+            old_bytes += member.metadata.record_size
+            now = tuple(numbers.get(base, -1) for base in member.bases)
+            if plan[index] == now and not self._all_anew:
+                continue
+            change = self._encode(members, index, plan[index])
+            if change is not None:
+                changes.append(change)
+                gain += member.metadata.record_size - _record_size(change)
+        if gain < _GAIN_MIN * old_bytes and not (self._all_anew and self._level is Level.FAST):
+            return _Result(len(free), raw_bytes)
+        return _Result(len(free), raw_bytes, changes, gain)
+
+    def _estimate(self, members: list[_Member]) -> Group:
+        """What each member costs from nothing, and from those it is most likely predicted from."""
+        sketches = [member.signature.sketch for member in members]
+        distances = [sketch_distances(sketch, sketches) for sketch in sketches]
+        sums = [sum(float(row[index]) for row in distances) for index in range(len(members))]
+        hubs = sorted(range(len(members)), key=lambda index: (sums[index], index))[:_HUBS_MAX]
+        # A float of more bits predicts those of fewer exactly: the widest member is a likely hub.
+        hubs.append(max(range(len(members)), key=lambda i: members[i].candidate.dtype.bits))
+        fixed = {
+            index: len(closure_of([member.metadata.number], self._catalog.bases)) - 1
+            for index, member in enumerate(members)
+            if member.fixed
+        }
+        numbers = {member.metadata.number: index for index, member in enumerate(members)}
+        solo: list[float] = []
+        against: dict[tuple[int, tuple[int, ...]], float] = {}
+        for index, member in enumerate(members):
+            raw, dtype = member.candidate.raw, member.candidate.dtype
+            header = fragment_header_size(0)
+            if member.fixed:
+                solo.append(0.0)
+                continue
+            solo.append(estimate_solo(raw, dtype, self._config.zstd_level) * len(raw) + header)
+            near = sorted(range(len(members)), key=lambda other: float(distances[index][other]))
+            current = [numbers[base] for base in member.bases if base in numbers]
+            for other in dict.fromkeys((*hubs, *near[: _NEIGHBOURS_MAX + 1], *current, *fixed)):
+                if other == index:
+                    continue
+                share = estimate_single(
+                    raw, dtype, members[other].candidate, level=self._level, rows=member.rows
+                )
+                if share is not None:
+                    against[index, (other,)] = share * len(raw) + fragment_header_size(1)
+        return Group(solo, against, fixed)
+
+    def _estimate_blends(
+        self, members: list[_Member], group: Group, index: int, singles: Sequence[int]
+    ) -> dict[tuple[int, ...], float]:
+        member = members[index]
+        raw = member.candidate.raw
+        limit = group.against[index, (singles[0],)] * _BLEND_GAIN
+        if limit < 0.02 * len(raw):
+            return {}
+        found = estimate_blends(
+            raw,
+            member.candidate.dtype,
+            [members[other].candidate for other in singles],
+            level=self._level,
+        )
+        costs = {
+            tuple(singles[place] for place in places): share * len(raw)
+            + fragment_header_size(len(places))
+            for places, share in found.items()
+        }
+        return {bases: cost for bases, cost in costs.items() if cost < limit}
+
+    def _encode(
+        self, members: list[_Member], index: int, bases: tuple[int, ...]
+    ) -> Replacement | None:
+        """A member encoded as planned, and proven; None if it cannot be."""
+        member = members[index]
+        raw, dtype = member.candidate.raw, member.candidate.dtype
+        encoding: Encoding | None
+        if bases:
+            encoding = encode_from(
+                raw,
+                dtype,
+                [members[base].candidate for base in bases],
+                level=self._level,
+                zstd_level=self._config.zstd_level,
+                rows=member.rows,
+            )
+        else:
+            encoding = encode_solo(raw, dtype, zstd_level=self._config.zstd_level)
+        if encoding is None:
+            return None
+        fragment = prove(
+            raw,
+            dtype,
+            member.metadata.id,
+            encoding,
+            [(members[base].metadata.id, members[base].candidate.raw) for base in bases],
+        )
+        return Replacement(member.metadata.number, fragment, member.signature)
+
+    # --- writing
+
+    def _commit(self, groups: list[list[Replacement]]) -> int:
+        """Write some groups' changes; gives how many fragments changed."""
+        if not groups:
+            return 0
+        count = 0
+        with self._start_batch() as batch:
+            for changes in groups:
+                try:
+                    count += len(batch.replace_fragments(changes))
+                except LimitError:
+                    # Fragments outside the group depend on it, or another command was quicker.
+                    continue
+            batch.commit()
+        return count
+
+
+def _record_size(change: Replacement) -> int:
+    fragment = change.fragment
+    return fragment_header_size(len(fragment.bases)) + len(fragment.params) + len(fragment.payload)
