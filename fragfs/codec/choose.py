@@ -6,13 +6,13 @@ what it really stores. Similarity nominates, bytes decide. Pure and thread-safe:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, islice
 
 import numpy as np
 
-from fragfs.codec.floats import FLOATS
+from fragfs.codec.floats import FLOATS, widen
 from fragfs.codec.predict import (
     SCALED,
     Prediction,
@@ -47,7 +47,15 @@ _BLEND_PAYS_MIN = 0.02
 _BLEND_GAIN = {Level.FAST: 0.7, Level.BALANCED: 0.88, Level.SMALL: 0.92}
 """A further base must bring a fragment below this share of what it takes without: it is one more to
 decode at every read."""
-_BLENDED_CANDIDATES_MAX = 3
+_BLENDS_TRIED = {Level.FAST: 1, Level.BALANCED: 2, Level.SMALL: 3}
+"""Sets of bases tried on the sample, the best of those that a few words were fitted to."""
+_SCREEN_WORDS = 4096
+
+_CANDIDATES = {Level.FAST: (2,), Level.BALANCED: (3, 5), Level.SMALL: (4, 8)}
+"""Candidates tried at a time: more of them only if the first do not make a fragment small."""
+_CANDIDATES_NARROW = (4, 8)
+"""For formats of one byte, whose own rounding hides which of a family they were made of."""
+_GOOD = 0.08
 _EXTRAPOLATED_BITS_MIN = 32
 """Checkpoints of a run are extrapolated as well: what weight decay and its rounding have done to the
 last bits of f32 weights between two checkpoints they do again up to the next. Shorter formats do not
@@ -99,10 +107,17 @@ NO_ROWS = Rows()
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The encoding chosen, and the candidates it reads (by index, in the predictor's order)."""
+    """The encoding chosen, and the candidates it reads: by index, in the predictor's order.
+
+    Attributes:
+        encoding: The encoding.
+        bases: Indices of the candidates, in the order in which they were given.
+        raws: Their bytes.
+    """
 
     encoding: Encoding
     bases: tuple[int, ...] = ()
+    raws: tuple[memoryview, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +165,7 @@ class _Sample:
 def encode_best(
     raw: Buffer,
     dtype: Dtype,
-    candidates: Sequence[Candidate],
+    candidates: Iterable[Candidate],
     *,
     level: Level,
     zstd_level: int,
@@ -162,33 +177,41 @@ def encode_best(
     Args:
         raw: The fragment's bytes.
         dtype: How to read them.
-        candidates: Fragments that may serve as bases, the likeliest first.
+        candidates: Fragments that may serve as bases, the likeliest first. No more are taken than
+            the level allows, and fewer if the first do well.
         level: What to prefer.
         zstd_level: zstd level where match finding pays.
         may_combine: Whether the candidates with these indices may all be bases of one fragment.
         rows: Rows of the tensor, for quantized copies.
     """
     view = memoryview(raw).cast("B")
-    trials = _try_singles(view, dtype, candidates, level, rows)
+    taken: list[Candidate] = []
+    trials: list[_Trial] = []
+    source = iter(candidates)
+    for count in _CANDIDATES[level] if dtype.bits > 8 else _CANDIDATES_NARROW:
+        fresh = list(islice(source, count))
+        trials += _try_singles(view, dtype, fresh, level, rows, first=len(taken))
+        taken += fresh
+        if not fresh or (trials and min(trial.share for trial in trials) < _GOOD):
+            break
     if not trials:
         return Choice(encode_solo(view, dtype, zstd_level=zstd_level))
     trials.sort(key=_rank)
     best = trials[0]
     if best.share > _BLEND_PAYS_MIN:
-        close = [trial.bases[0] for trial in trials]
-        close = close[: _BLENDED_CANDIDATES_MAX + (level is Level.SMALL)]
+        indices = [trial.bases[0] for trial in trials]
         limit = best.share * _BLEND_GAIN[level]
-        blends = _try_blends(view, dtype, candidates, close, level, may_combine, limit)
+        blends = _try_blends(view, dtype, taken, indices, level, may_combine, limit)
         best = min([best, *blends], key=lambda trial: trial.share)
     solo_share = estimate_solo(view, dtype, zstd_level) if best.share > _SURE else 1.0
     if best.share > solo_share / _BASE_GAIN:
         return Choice(encode_solo(view, dtype, zstd_level=zstd_level))
-    encoding = _encode(view, dtype, candidates, best, zstd_level)
+    encoding = _encode(view, dtype, taken, best, zstd_level)
     if encoding.size > _CLOSE * solo_share * len(view):
         solo = encode_solo(view, dtype, zstd_level=zstd_level)
         if encoding.size > _BASE_GAIN * solo.size:
             return Choice(solo)
-    return Choice(encoding, best.bases)
+    return Choice(encoding, best.bases, tuple(taken[index].raw for index in best.bases))
 
 
 def encode_from(
@@ -265,8 +288,15 @@ def _rank(trial: _Trial) -> float:
 
 
 def _try_singles(
-    view: memoryview, dtype: Dtype, candidates: Sequence[Candidate], level: Level, rows: Rows
+    view: memoryview,
+    dtype: Dtype,
+    candidates: Sequence[Candidate],
+    level: Level,
+    rows: Rows,
+    *,
+    first: int = 0,
 ) -> list[_Trial]:
+    """Each candidate alone; `first` is the index of the first of them."""
     trials = []
     for index, candidate in enumerate(candidates):
         prediction = _predict_single(dtype, candidate)
@@ -281,7 +311,7 @@ def _try_singles(
             if prediction is None:
                 continue
         trial = _try(view, dtype, candidates, (index,), prediction, level)
-        trials.append(trial)
+        trials.append(replace(trial, bases=(first + index,)))
         if trial.share < 1e-3:
             break
     return trials
@@ -321,9 +351,8 @@ def _try_blends(
     usable = [index for index in indices if candidates[index].dtype in FLOATS]
     found: list[_Trial] = []
     for size in (2, 3) if level is Level.SMALL else (2,):
-        for bases in combinations(usable, size):
-            if not may_combine(bases):
-                continue
+        sets = [bases for bases in combinations(usable, size) if may_combine(bases)]
+        for bases in _screen(view, dtype, candidates, sets)[: _BLENDS_TRIED[level]]:
             pairs = [(candidates[index].raw, candidates[index].dtype) for index in bases]
             sample = _Sample(covered_words(view, dtype, pairs))
             fitted = fit_blend(
@@ -343,6 +372,39 @@ def _try_blends(
         if found:
             limit = min(trial.share for trial in found) * _BLEND_GAIN[level]
     return found
+
+
+def _screen(
+    view: memoryview,
+    dtype: Dtype,
+    candidates: Sequence[Candidate],
+    sets: list[tuple[int, ...]],
+) -> list[tuple[int, ...]]:
+    """The sets of bases in the order of how well a blend of each fits some words."""
+    used = sorted({index for bases in sets for index in bases})
+    if len(sets) < 2:
+        return sets
+    pairs = [(candidates[index].raw, candidates[index].dtype) for index in used]
+    count = covered_words(view, dtype, pairs)
+    step = max(1, count // _SCREEN_WORDS)
+    columns = []
+    for raw, column_dtype in ((view, dtype), *pairs):
+        words = np.frombuffer(raw, f"<u{unit_size(column_dtype)}", count)[::step]
+        floats = widen(np.ascontiguousarray(words), column_dtype).astype(np.float64)
+        columns.append(np.nan_to_num(floats, posinf=0, neginf=0))
+    products = np.stack(columns) @ np.stack(columns).T
+    place = {index: position + 1 for position, index in enumerate(used)}
+
+    def left_over(bases: tuple[int, ...]) -> float:
+        chosen = [place[index] for index in bases]
+        square = products[np.ix_(chosen, chosen)]
+        given = products[chosen, 0]
+        coefficients = np.linalg.lstsq(square, given, rcond=1e-12)[0]
+        return float(
+            products[0, 0] - 2 * coefficients @ given + coefficients @ square @ coefficients
+        )
+
+    return sorted(sets, key=left_over)
 
 
 def _try(

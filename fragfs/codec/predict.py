@@ -292,10 +292,12 @@ def fit_scales(
     if row_words:
         starts = np.append(starts, np.arange(first_row_words, target.size, row_words))
     with np.errstate(all="ignore"):
-        # Quantiles would be robuster; a few outliers at the ends are what a clipped code makes.
         lowest = np.maximum.reduceat(np.where(codes < 127, low, np.float32(0)), starts)
         highest = np.minimum.reduceat(high, starts)
-        scales = ((lowest + highest) / 2).astype(np.float32)
+        # Where they contradict each other, the copy was made of something close to the base.
+        squares = np.add.reduceat(codes * codes, starts)
+        fitted = np.add.reduceat(np.nan_to_num(sizes) * codes, starts) / squares
+        scales = np.where(lowest <= highest, (lowest + highest) / 2, fitted).astype(np.float32)
     scales = np.where(
         np.isfinite(scales) & (scales >= _SCALE_MIN) & (scales <= _SCALE_MAX), scales, 1
     ).astype("<f4")

@@ -9,7 +9,7 @@ and compared before anyone stores it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,8 +37,11 @@ __all__ = ["BasePlanner", "CatalogSignatureRows", "Hints", "Planned", "prove"]
 _RECENT_BYTES_MAX = 192 << 20
 """Decoded bases kept: two workers with four candidates each of 2 MiB, and what siblings will need."""
 
-_CANDIDATES = {Level.FAST: 2, Level.BALANCED: 4, Level.SMALL: 6}
-"""Fragments that are decoded and tried."""
+_MATCHES_MAX = 24
+"""Fragments looked at; how many of them are decoded and tried is up to `codec.choose`."""
+
+_COPY_SHARE_MAX = 0.01
+"""A fragment stored in less than this share of its bytes is a copy of its base."""
 
 _NEAR = 1.6
 """Candidates further away than the closest by this factor are not decoded: they would lose."""
@@ -197,10 +200,9 @@ class BasePlanner:
         """
         signature = self.sign(raw, dtype, hints)
         numbers: list[int] = []
-        candidates: list[Candidate] = []
         if signature is not None:
             limit = closure_max or self._config.closure_max
-            numbers, candidates = self._candidates(signature, exclude, limit)
+            found = self._candidates(signature, dtype, exclude, limit, numbers)
 
             def may_combine(indices: Sequence[int]) -> bool:
                 return len(self._closure([numbers[index] for index in indices])) < limit
@@ -208,7 +210,7 @@ class BasePlanner:
             choice = encode_best(
                 raw,
                 dtype,
-                candidates,
+                found,
                 level=self._level,
                 zstd_level=self._config.zstd_level,
                 may_combine=may_combine,
@@ -222,7 +224,7 @@ class BasePlanner:
             dtype,
             fragment_id,
             choice.encoding,
-            [(self._id(numbers[index]), candidates[index].raw) for index in choice.bases],
+            [(self._id(number), raw) for number, raw in zip(bases, choice.raws, strict=True)],
         )
         # Only what may serve as a base is indexed: one more fragment must fit its closure.
         if len(self._closure(bases)) + 2 > self._config.closure_max:
@@ -238,24 +240,57 @@ class BasePlanner:
         return Planned(fragment, (), self.sign(raw, dtype, hints))
 
     def _candidates(
-        self, signature: FragmentSignature, exclude: Collection[int], closure_max: int
-    ) -> tuple[list[int], list[Candidate]]:
-        """The closest fragments that may be bases, decoded."""
-        count = _CANDIDATES[self._level]
-        numbers: list[int] = []
-        candidates: list[Candidate] = []
-        # Some may turn out too deep: twice as many are looked at.
-        for match in _near(self._index.query(signature, count=2 * count, exclude=exclude)):
-            closure = self._closure((match.fragment,))
-            if len(closure) >= closure_max or not closure.isdisjoint(exclude):
+        self,
+        signature: FragmentSignature,
+        dtype: Dtype,
+        exclude: Collection[int],
+        closure_max: int,
+        numbers: list[int],
+    ) -> Iterator[Candidate]:
+        """The closest fragments that may be bases, decoded when they are asked for.
+
+        Args:
+            signature: Of the fragment to predict.
+            dtype: How it reads.
+            exclude: Fragments that decoding it must not take.
+            closure_max: Most fragments that decoding it may take.
+            numbers: Gets the number of each candidate.
+        """
+        matches = self._index.query(signature, count=_MATCHES_MAX, exclude=exclude)
+        if dtype.bits == 8:
+            # Rounding to a byte makes all of a family look alike: originals before later copies.
+            matches.sort(key=lambda match: (match.dtype.bits == 8, match.fragment))
+        else:
+            matches = _near(matches)
+        for match in matches:
+            number, candidate_dtype = self._original(match.fragment, match.dtype)
+            closure = self._closure((number,))
+            if number in numbers or len(closure) >= closure_max:
                 continue
-            raw = self._raw(match.fragment)
+            if not closure.isdisjoint(exclude):
+                continue
+            raw = self._raw(number)
             if raw is not None:
-                numbers.append(match.fragment)
-                candidates.append(Candidate(raw, match.dtype, len(closure)))
-                if len(candidates) == count:
-                    break
-        return numbers, candidates
+                numbers.append(number)
+                yield Candidate(raw, candidate_dtype, len(closure))
+
+    def _original(self, number: int, dtype: Dtype) -> tuple[int, Dtype]:
+        """What a fragment is a copy of, in another precision or nearly so; or itself.
+
+        What is predicted from the original reads one fragment less than what is predicted from
+        the copy, and says as much.
+        """
+        while number not in self._pending_ids:
+            metadata = self._catalog.fragment(number)
+            bases = self._catalog.bases(number)
+            if len(bases) != 1 or metadata.record_size > metadata.raw_size * _COPY_SHARE_MAX:
+                break
+            try:
+                original = self._decoder.read_header(self._catalog.fragment(bases[0]))
+            except FragmentError:
+                break
+            number, dtype = bases[0], original.dtype
+        return number, dtype
 
     def _raw(self, number: int) -> memoryview | None:
         """A candidate's bytes; None if they are not to be had: nothing new shall rest on damage."""

@@ -80,11 +80,13 @@ class Stratum:
     """Fragments that resemble one another, in file order.
 
     Attributes:
+        key: What they have in common.
         pieces: Which fragments they are, by the caller's count.
         sizes: Their raw bytes.
         outcomes: What became of the sampled ones, by position in the stratum.
     """
 
+    key: StratumKey
     pieces: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
@@ -138,15 +140,24 @@ class Stratum:
             found.append((self.outcomes[nearer].mechanism, size, _OVERHEAD + share * size))
         return found
 
-    def variance(self) -> float:
-        """Variance of the sum of stored bytes, from how much neighbouring samples differ."""
-        unknown = [size for at, size in enumerate(self.sizes) if at not in self.outcomes]
+    def steps(self) -> list[float]:
+        """Squared differences between the shares of neighbouring samples."""
         shares = [share for _, share in self.shares()]
-        if not unknown or len(shares) < 2:
-            return 0.0
-        steps = sum((high - low) ** 2 for low, high in pairwise(shares)) / 2 / (len(shares) - 1)
+        return [(high - low) ** 2 for low, high in pairwise(shares)]
+
+    def variance(self, prior: float) -> float:
+        """Variance of the sum of stored bytes, from how much neighbouring samples differ.
+
+        Args:
+            prior: Mean squared difference in strata of the same kind. It counts as one more pair:
+                few samples that agree may do so by chance.
+        """
+        unknown = [size for at, size in enumerate(self.sizes) if at not in self.outcomes]
+        steps = [*self.steps(), prior]
         # Each sample stands for its neighbours, whose own differences average out.
-        return steps * (sum(unknown) ** 2 / len(shares) + sum(size**2 for size in unknown))
+        return (sum(steps) / 2 / len(steps)) * (
+            sum(unknown) ** 2 / max(1, len(self.outcomes)) + sum(size**2 for size in unknown)
+        )
 
 
 def form_strata(pieces: Sequence[tuple[StratumKey, int]]) -> list[Stratum]:
@@ -165,13 +176,22 @@ def form_strata(pieces: Sequence[tuple[StratumKey, int]]) -> list[Stratum]:
         key, size = pieces[number]
         if sizes[key] < limit:
             key = replace(key, name="")
-        strata.setdefault(key, Stratum()).add(number, size)
+        strata.setdefault(key, Stratum(key)).add(number, size)
     return list(strata.values())
 
 
 def margin_of(strata: Sequence[Stratum]) -> float:
     """How far off the sum of the estimates may be, in bytes."""
-    return _DEVIATIONS * math.sqrt(sum(stratum.variance() for stratum in strata))
+    return _DEVIATIONS * math.sqrt(sum(_variances(strata)))
+
+
+def _variances(strata: Sequence[Stratum]) -> list[float]:
+    """Variance of each stratum's estimate."""
+    steps: dict[StratumKey, list[float]] = {}
+    for stratum in strata:
+        steps.setdefault(replace(stratum.key, name=""), []).extend(stratum.steps())
+    priors = {kind: sum(found) / len(found) if found else 0.0 for kind, found in steps.items()}
+    return [stratum.variance(priors[replace(stratum.key, name="")]) for stratum in strata]
 
 
 def pick(strata: Sequence[Stratum]) -> list[tuple[Stratum, int]]:
@@ -191,8 +211,9 @@ def pick(strata: Sequence[Stratum]) -> list[tuple[Stratum, int]]:
     )
     # Where most can be learnt first. A few strata at a time: they may settle it.
     picked: list[tuple[Stratum, int]] = []
-    for stratum in sorted(strata, key=lambda stratum: -stratum.variance()):
-        if not stratum.variance() or len(picked) >= len(strata):
+    ranked = sorted(zip(_variances(strata), strata, strict=True), key=lambda item: -item[0])
+    for variance, stratum in ranked:
+        if not variance or len(picked) >= len(strata):
             break
         for at in stratum.spread(2 * len(stratum.outcomes) + 1):
             left -= stratum.sizes[at]
