@@ -66,4 +66,8 @@ def optimize_command(
     share = format_share(report.after_bytes, report.before_bytes)
     say(f"  before    {format_bytes(report.before_bytes)} of records")
     say(f"  after     {format_bytes(report.after_bytes)} ({share})")
-    say(f"  on disk   {format_bytes(report.freed_bytes)} given back")
+    say(f"  on disk   {format_bytes(abs(report.freed_bytes))} {_less(report.freed_bytes)}")
+
+
+def _less(freed_bytes: int) -> str:
+    return "less" if freed_bytes >= 0 else "more"

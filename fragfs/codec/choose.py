@@ -1,7 +1,7 @@
 """Best-of encoding of a fragment, given fragments that may resemble it.
 
-Every form is tried on a sample first; the smallest is encoded whole and competes with solo coding by
-what it really stores. Similarity nominates, bytes decide. Pure and thread-safe: bytes to bytes.
+Every form is tried on a sample first; the smallest is encoded whole and competes with solo coding
+by what it really stores. Similarity nominates, bytes decide. Pure and thread-safe: bytes to bytes.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ _CANDIDATES_NARROW = (4, 8)
 """For formats of one byte, whose own rounding hides which of a family they were made of."""
 _GOOD = 0.08
 _EXTRAPOLATED_BITS_MIN = 32
-"""Checkpoints of a run are extrapolated as well: what weight decay and its rounding have done to the
-last bits of f32 weights between two checkpoints they do again up to the next. Shorter formats do not
-show it. (Embeddings of a run: 0.118 instead of 0.143. Scaling one base by the decay: 0.23.)"""
+"""Checkpoints of a run are extrapolated as well: what weight decay and its rounding have done to
+the last bits of f32 weights between two checkpoints they do again up to the next. Shorter formats
+do not show it. (Embeddings of a run: 0.118 instead of 0.143. Scaling one base by the decay:
+0.23.)"""
 
 _BASE_GAIN = 0.95
 """What a base must save against solo coding to be worth decoding it at every read."""

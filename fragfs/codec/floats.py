@@ -1,10 +1,10 @@
 """Conversions between float formats, the same on every machine.
 
-Libraries differ: a NaN cast to bf16 is 0x7fc0 in one and 0xffff in another, and a process that flushes
-denormals changes what numpy computes. Here every conversion is integer arithmetic on bit patterns, or
-a single IEEE operation whose result does not depend on flushing, with the special cases defined by us.
-A conversion need not be what any library does, only always the same: the residual covers the rest.
-Format: library/FORMAT.md, "Conversions".
+Libraries differ: a NaN cast to bf16 is 0x7fc0 in one and 0xffff in another, and a process that
+flushes denormals changes what numpy computes. Here every conversion is integer arithmetic on bit
+patterns, or a single IEEE operation whose result does not depend on flushing, with the special
+cases defined by us. A conversion need not be what any library does, only always the same: the
+residual covers the rest. Format: library/FORMAT.md, "Conversions".
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ def word_type(dtype: Dtype) -> np.dtype[np.unsignedinteger[Any]]:
 
 
 def widen(words: Words, dtype: Dtype) -> Floats:
-    """Exactly the same numbers as f32. Infinities and NaNs of f16 and of 8-bit floats count as the
-    numbers that would follow the largest one.
+    """Exactly the same numbers as f32.
+
+    Infinities and NaNs of f16 and of 8-bit floats count as the numbers that would follow the
+    largest one.
 
     Args:
         words: Bit patterns of `dtype`.
@@ -82,9 +84,11 @@ def widen(words: Words, dtype: Dtype) -> Floats:
     """
     match dtype:
         case Dtype.F32:
-            return words.view("<f4")
+            exact: Floats = words.view("<f4")
+            return exact
         case Dtype.BF16:
-            return (words.astype("<u4") << np.uint32(16)).view("<f4")
+            wide: Floats = (words.astype("<u4") << np.uint32(16)).view("<f4")
+            return wide
         case Dtype.F16:
             return _widen_half(words)
         case _:
@@ -104,7 +108,9 @@ def _widen_half(words: Words) -> Floats:
         bits[is_denormal] = tiny.view("<u4")
     signs = (words & np.uint16(0x8000)).astype("<u4")
     np.left_shift(signs, np.uint32(16), out=signs)
-    return np.bitwise_or(bits, signs, out=bits).view("<f4")
+    np.bitwise_or(bits, signs, out=bits)
+    floats: Floats = bits.view("<f4")
+    return floats
 
 
 @cache
@@ -117,7 +123,8 @@ def _small_table(dtype: Dtype) -> Floats:
     leading = np.where(exponents > 0, 1 << small.mantissa, 0)
     scale = np.exp2(np.maximum(exponents, 1) - small.bias - small.mantissa)
     values = (leading + fractions) * scale
-    return np.where(codes & 0x80, -values, values).astype("<f4")
+    table: Floats = np.where(codes & 0x80, -values, values).astype("<f4")
+    return table
 
 
 def narrow(floats: Floats, dtype: Dtype) -> Words:
@@ -142,7 +149,9 @@ def narrow(floats: Floats, dtype: Dtype) -> Words:
             np.bitwise_and(rounded, np.uint32(1), out=rounded)
             np.add(rounded, np.uint32(0x7FFF), out=rounded)
             np.add(rounded, bits, out=rounded)
-            return np.right_shift(rounded, np.uint32(16), out=rounded).astype("<u2")
+            np.right_shift(rounded, np.uint32(16), out=rounded)
+            halves: Words = rounded.astype("<u2")
+            return halves
         case _:
             return _narrow_small(bits, _SMALL[dtype], word_type(dtype))
 
@@ -166,7 +175,8 @@ def _narrow_small(bits: Words, small: _Small, word: np.dtype[np.unsignedinteger[
     np.right_shift(bits, np.uint32(32 - 8 * word.itemsize), out=magnitude)
     np.bitwise_and(magnitude, np.uint32(small.sign), out=magnitude)
     np.bitwise_or(code, magnitude, out=code)
-    return code.astype(word)
+    codes: Words = code.astype(word)
+    return codes
 
 
 def quantize(floats: Floats, scales: Floats) -> Words:
@@ -183,4 +193,5 @@ def quantize(floats: Floats, scales: Floats) -> Words:
     with np.errstate(all="ignore"):
         ratio = np.rint(floats / scales)
     np.copyto(ratio, np.float32(0), where=np.isnan(ratio))
-    return np.clip(ratio, -128, 127).astype(np.int8).view(np.uint8)
+    codes: Words = np.clip(ratio, -128, 127).astype(np.int8).view(np.uint8)
+    return codes

@@ -5,9 +5,9 @@ place a large weight moves little and a small one much: the exponent of the pred
 decoder has as well, tells how large a residual can be. Entropy coding each group by itself stores 7
 to 25 % less than one code for all (facts in the README's benchmarks).
 
-The order is a stable distribution: groups in order, and in word order inside each. Where the compiled
-loop is not there, an argsort gives the same bytes in about four times the time.
-Format: library/FORMAT.md, "Residuals".
+The order is a stable distribution: groups in order, and in word order inside each. Where the
+compiled loop is not there, an argsort gives the same bytes in about four times the time. Format:
+library/FORMAT.md, "Residuals".
 """
 
 from __future__ import annotations

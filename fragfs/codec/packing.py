@@ -1,9 +1,9 @@
 """Small symbols, several to a byte: what gets Huffman coding below one bit for a symbol.
 
-A code of 1, 2 or 4 bits stands for a residual near zero; the highest code is an escape, whose residual
-is stored elsewhere. Packed, eight, four or two neighbours are one symbol of the entropy coder: a
-group of residuals that are 95 % zero then costs 0.3 bits each instead of 1, and takes a quarter of
-the time to decode. Pure integer arithmetic.
+A code of 1, 2 or 4 bits stands for a residual near zero; the highest code is an escape, whose
+residual is stored elsewhere. Packed, eight, four or two neighbours are one symbol of the entropy
+coder: a group of residuals that are 95 % zero then costs 0.3 bits each instead of 1, and takes a
+quarter of the time to decode. Pure integer arithmetic.
 """
 
 from __future__ import annotations

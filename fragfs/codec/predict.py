@@ -1,8 +1,8 @@
 """Predictions: what some fragments say about another one, as words of its dtype.
 
-Pure integer arithmetic, or elementwise IEEE operations in a fixed order on numbers for which flushing
-of denormals makes no difference. A prediction may be bad, it may not differ between machines.
-Format: library/FORMAT.md, "Predictors".
+Pure integer arithmetic, or elementwise IEEE operations in a fixed order on numbers for which
+flushing of denormals makes no difference. A prediction may be bad, it may not differ between
+machines. Format: library/FORMAT.md, "Predictors".
 """
 
 from __future__ import annotations

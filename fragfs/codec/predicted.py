@@ -1,8 +1,7 @@
 """Fragments as a prediction from other fragments and what it got wrong.
 
-A fragment may be longer than its bases: the words they cover are predicted, the rest is stored solo.
-Pure and thread-safe: bytes to bytes.
-Format: library/FORMAT.md, "Predictors".
+A fragment may be longer than its bases: the words they cover are predicted, the rest is stored
+solo. Pure and thread-safe: bytes to bytes. Format: library/FORMAT.md, "Predictors".
 """
 
 from __future__ import annotations

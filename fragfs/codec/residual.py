@@ -1,10 +1,10 @@
 """What a prediction got wrong: residual words, grouped, and each group stored the smallest way.
 
-A residual is `word - prediction` modulo the width of the word. A group of residuals (see `groups`) is
-stored in one of three ways: as nothing if all are zero; as packed codes of 1, 2 or 4 bits if nearly
-all are close to zero (see `packing`); else as byte planes. In planes a bias of 0x80 in every byte
-makes small residuals of both signs differ in one plane only, where sign extension would fill all.
-Format: library/FORMAT.md, "Residuals".
+A residual is `word - prediction` modulo the width of the word. A group of residuals (see `groups`)
+is stored in one of three ways: as nothing if all are zero; as packed codes of 1, 2 or 4 bits if
+nearly all are close to zero (see `packing`); else as byte planes. In planes a bias of 0x80 in every
+byte makes small residuals of both signs differ in one plane only, where sign extension would fill
+all. Format: library/FORMAT.md, "Residuals".
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _choose_form(values: Words) -> tuple[int, float]:
 
 
 def _settle_form(values: Words) -> int:
-    """The form that stores the least of a sample: one group alone is a mixture, hard to estimate."""
+    """The form that stores least of a sample, tried: one group alone is hard to estimate."""
     sample = values[:: max(1, values.size // (2 * _SAMPLE_WORDS))]
     return min((_PLANES, *PACKED_BITS), key=lambda form: _stored_size(sample, form))
 

@@ -1,7 +1,8 @@
-"""Closures: all the fragments it takes to decode one. Pure; the catalog knows who is predicted from whom.
+"""Closures: all the fragments it takes to decode one.
 
-The closure of a fragment is the fragment, its bases, their bases, and so on. A library's `closure_max`
-bounds its size, and with it what a random read may cost.
+Pure; the catalog knows who is predicted from whom. The closure of a fragment is the fragment, its
+bases, their bases, and so on. A library's `closure_max` bounds its size, and with it what a random
+read may cost.
 """
 
 from __future__ import annotations

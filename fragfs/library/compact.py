@@ -1,10 +1,10 @@
 """Giving back the space of records that no longer count, by copying the others out of a pack.
 
-Records are copied as they are, checked but not decoded. The catalog points to the copies in the same
-commit that retires the pack; only then, and after readers without write access got their new snapshot,
-is the file removed. A crash leaves the pack, or its file, to be removed by the next run. Numbers of
-packs are never used again, so a reader that still has an old place finds no other bytes there: it
-looks the place up again.
+Records are copied as they are, checked but not decoded. The catalog points to the copies in the
+same commit that retires the pack; only then, and after readers without write access got their new
+snapshot, is the file removed. A crash leaves the pack, or its file, to be removed by the next run.
+Numbers of packs are never used again, so a reader that still has an old place finds no other bytes
+there: it looks the place up again.
 """
 
 from __future__ import annotations
@@ -34,24 +34,11 @@ from fragfs.library.records import (
 from fragfs.library.writer import Batch
 from fragfs.types import FragmentId, FragmentMetadata
 
-__all__ = ["CompactReport", "Compactor"]
+__all__ = ["Compactor"]
 
 _GARBAGE_SHARE_MIN = 0.02
 _GARBAGE_BYTES_MIN = 64 << 10
 """Packs with less to give back are left alone: giving it back means copying all the rest."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompactReport:
-    """What a compaction did.
-
-    Attributes:
-        freed_bytes: By how much the packs shrank, copies deducted.
-        kept: Packs that were left alone because a record in them is damaged, with the reason.
-    """
-
-    freed_bytes: int
-    kept: tuple[tuple[int, str], ...]
 
 
 @dataclass(slots=True)
@@ -97,9 +84,12 @@ class Compactor:
         self._start_batch = start_batch
         self._publish_snapshot = publish_snapshot
 
-    def run(self) -> CompactReport:
-        """Compact every pack that pays, one commit each."""
-        before = self._pack_bytes()
+    def run(self) -> tuple[tuple[int, str], ...]:
+        """Compact every pack that pays, one commit each.
+
+        Returns:
+            Packs that were left alone because a record in them is damaged, with the reason.
+        """
         kept = []
         for number in self._wasteful():
             with self._start_batch() as batch:
@@ -113,9 +103,10 @@ class Compactor:
                 batch.commit()
         self._publish_snapshot()
         self._remove_retired()
-        return CompactReport(before - self._pack_bytes(), tuple(kept))
+        return tuple(kept)
 
-    def _pack_bytes(self) -> int:
+    def pack_bytes(self) -> int:
+        """Bytes of all pack files."""
         return sum(
             self._files.size(self._directory / name) for name in self._files.names(self._directory)
         )

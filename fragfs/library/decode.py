@@ -78,7 +78,7 @@ class FragmentDecoder:
         return fragment
 
     def read_header(self, metadata: FragmentMetadata) -> Fragment:
-        """A fragment's record with its stored bytes unchecked: for its dtype, bases and parameters."""
+        """A fragment's record, its stored bytes unchecked: for its dtype, bases, parameters."""
         return self.read_record(metadata, check_stored=False)
 
     def decode(self, number: int, source: DecodedSource) -> memoryview:

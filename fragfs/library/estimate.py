@@ -108,9 +108,10 @@ class _TrialPlanner(BasePlanner):
 
     def offer(self, index: int) -> None:
         """From now on others may be predicted from a piece."""
-        signature = self._pieces[index].signature
-        if signature is not None:
-            self._pending.add(self._first + index, signature)
+        piece = self._pieces[index]
+        if piece.signature is not None:
+            self._pending_ids[self._first + index] = (piece.id, ())
+            self._pending.add(self._first + index, piece.signature)
 
     def trial(self, index: int) -> Outcome:
         """Encode a piece as if all offered before it were stored."""
@@ -129,11 +130,6 @@ class _TrialPlanner(BasePlanner):
             raw = memoryview(_read(self._pieces[number - self._first]))
             self._recent.put(number, raw)
         return raw
-
-    def _id(self, number: int) -> FragmentId:
-        if number < self._first:
-            return super()._id(number)
-        return self._pieces[number - self._first].id
 
     def _bases(self, number: int) -> tuple[int, ...]:
         if number < self._first:

@@ -537,6 +537,15 @@ class FragmentLibrary:
         from fragfs.library.optimize import Optimizer
         from fragfs.library.publish import refresh_stored_bytes
 
+        compactor = Compactor(
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._start_batch,
+            self._publish_snapshot,
+        )
+        before = compactor.pack_bytes()
         optimizer = Optimizer(
             self._catalog,
             self._decoder,
@@ -551,16 +560,9 @@ class FragmentLibrary:
         if report.changed_count:
             with self._writer.batch() as batch:
                 refresh_stored_bytes(batch, self._catalog)
-        compactor = Compactor(
-            self._files,
-            self.path,
-            self._catalog,
-            self._packs,
-            self._start_batch,
-            self._publish_snapshot,
-        )
-        compacted = compactor.run()
-        return replace(report, freed_bytes=compacted.freed_bytes, kept=compacted.kept)
+        kept = compactor.run()
+        freed_bytes = before - compactor.pack_bytes()
+        return replace(report, freed_bytes=freed_bytes, kept=kept)
 
     def _quantized_rows(self) -> dict[FragmentId, Rows]:
         """How the fragments of quantized tensors lie in rows, read off the files' own headers."""

@@ -1,10 +1,10 @@
-"""`fragfs optimize`: plan the bases of stored fragments again, all that resemble each other together.
+"""`fragfs optimize`: plan bases again, for all fragments that resemble each other together.
 
 Adding plans a fragment with what was there before it: a base that came last was predicted from its
 fine-tunes. Here each group of similar fragments is planned as a whole (`similarity.plan`), encoded,
-proven, and written only if all of it takes less than before. A group is changed in one commit: readers
-see the old records or the new ones, and a crash leaves either. What is not worth changing stays, so an
-interrupted run loses nothing and the next one finds the rest.
+proven, and written only if all of it takes less than before. A group is changed in one commit:
+readers see the old records or the new ones, and a crash leaves either. What is not worth changing
+stays, so an interrupted run loses nothing and the next one finds the rest.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class OptimizeReport:
         changed_count: Fragments that got another record.
         before_bytes: Record bytes of all fragments before.
         after_bytes: And after.
-        freed_bytes: What the packs gave back to the disk.
+        freed_bytes: By how much the packs shrank.
         kept: Packs that were left as they are because a record in them is damaged, and why.
     """
 

@@ -1,9 +1,9 @@
 """Base planning: which stored fragments a new one may be predicted from, and which of them it is.
 
-Candidates come from the similarity index: fragments of the same tensor name and index in other models,
-and whatever has alike numbers, under any name and in any float format. The closest are decoded and
-tried; `codec.choose` decides by what they save. Nothing here is believed: an encoding is decoded again
-and compared before anyone stores it.
+Candidates come from the similarity index: fragments of the same tensor name and index in other
+models, and whatever has alike numbers, under any name and in any float format. The closest are
+decoded and tried; `codec.choose` decides by what they save. Nothing here is believed: an encoding
+is decoded again and compared before anyone stores it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from fragfs.types import Dtype, Fragment, FragmentId, Level, LibraryConfig, Pred
 __all__ = ["BasePlanner", "CatalogSignatureRows", "Hints", "Planned", "prove"]
 
 _RECENT_BYTES_MAX = 192 << 20
-"""Decoded bases kept: two workers with four candidates each of 2 MiB, and what siblings will need."""
+"""Decoded bases kept: two workers with four candidates each of 2 MiB, and what siblings will
+need."""
 
 _MATCHES_MAX = 24
 """Fragments looked at; how many of them are decoded and tried is up to `codec.choose`."""

@@ -99,8 +99,10 @@ class FragmentTable:
 
     def bases_of(self, numbers: Numbers) -> Numbers:
         """The fragments that predictions of any of `numbers` read."""
-        below = np.unique(self.bases[:, numbers])
-        return below[below > 0]
+        found = np.zeros(self.size, np.bool_)
+        found[self.bases[:, numbers]] = True
+        found[:1] = False
+        return np.flatnonzero(found)
 
     def closure(self, numbers: Numbers) -> Numbers:
         """The fragments that decoding all of `numbers` takes, themselves included."""
@@ -117,18 +119,20 @@ class FragmentTable:
 
     def closure_sizes(self, numbers: Numbers) -> NDArray[np.int64]:
         """How many fragments decoding each of `numbers` takes, itself included."""
-        # A pair says: decoding the fragment at `pair // size` of `numbers` takes `pair % size`.
-        reached = np.arange(numbers.size) * self.size + numbers
-        pairs = reached
+        # Row by row the closures, filled up with zeros: number 0 does not exist and has no bases.
+        members = numbers[:, None]
+        sizes = np.ones(numbers.size, np.int64)
         for _ in range(CLOSURE_LIMIT):
-            below = self.bases[:, reached % self.size]
-            above = np.broadcast_to(reached // self.size, below.shape)
-            reached = np.unique((above * self.size + below)[below > 0])
-            reached = np.setdiff1d(reached, pairs, assume_unique=True)
-            if not reached.size:
+            below = np.moveaxis(self.bases[:, members], 0, 2).reshape(numbers.size, -1)
+            members = np.sort(np.concatenate([members, below], axis=1), axis=1)
+            repeated = members[:, 1:] == members[:, :-1]
+            members[:, 1:][repeated] = 0
+            counts = np.count_nonzero(members, axis=1)
+            if np.array_equal(counts, sizes):
                 break
-            pairs = np.union1d(pairs, reached)
-        return np.bincount(pairs // self.size, minlength=numbers.size)
+            sizes = counts
+            members = np.sort(members, axis=1)[:, -int(counts.max()) :]
+        return sizes
 
     def stored(self, numbers: Numbers) -> int:
         """Record bytes of fragments."""

@@ -137,10 +137,11 @@ class Batch:
         return metadata
 
     def replace_fragments(self, changes: Sequence[Replacement]) -> list[FragmentMetadata]:
-        """Append other records for fragments that are stored already: the old ones are damaged, or
-        smaller ones were found. The catalog points to them once the batch is committed.
+        """Append other records for fragments that are stored already.
 
-        The changes are made together: only what results must keep to the limits.
+        The old ones are damaged, or smaller ones were found. The catalog points to the new ones
+        once the batch is committed. The changes are made together: only what results must keep to
+        the limits.
 
         Raises:
             LimitError: Decoding one of them, or a fragment predicted from one, would take more

@@ -1,9 +1,9 @@
 """Planning bases for a group of similar fragments together. Pure; costs come from the caller.
 
 Adding plans one fragment at a time, with what was there before it. Here all members of a group are
-known: which of them to store from nothing, and which from which others, so that the sum is small and no
-read takes more fragments than allowed. It starts from the best star (one hub, everyone else predicted
-from it) and then lets each member move to cheaper bases while that pays.
+known: which of them to store from nothing, and which from which others, so that the sum is small
+and no read takes more fragments than allowed. It starts from the best star (one hub, everyone else
+predicted from it) and then lets each member move to cheaper bases while that pays.
 """
 
 from __future__ import annotations

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from blake3 import blake3
 
 import fragfs.library
 from fragfs.codec.encoding import decode
+from fragfs.codec.groups import GROUPS_MAX
+from fragfs.codec.packing import PACKED_BITS
 from fragfs.codec.solo import encode_solo
 from fragfs.library import catalog, extents, names, records
 from fragfs.types import (
@@ -19,6 +22,7 @@ from fragfs.types import (
     Dtype,
     Fragment,
     FragmentId,
+    Level,
     LibraryConfig,
     Predictor,
     SpanKind,
@@ -52,6 +56,7 @@ def field_tables(text: str) -> list[list[tuple[int, int, str]]]:
         ("Record header", 0, records.RECORD_HEADER),
         ("Fragment header", 0, records.FRAGMENT_HEADER),
         ("Batch trailer", 0, records.BATCH_TRAILER),
+        ("Retirement", 0, records.RETIRED_BATCH),
         ("Pack index", 0, records.INDEX_ENTRY),
         ("Pack index", 1, records.PACK_FOOTER),
     ],
@@ -93,6 +98,27 @@ def test_the_example_of_planes_decodes():
     decoded = decode(Predictor.PLANES, Dtype.BF16, params, memoryview(payload), len(raw))
     assert bytes(decoded) == raw
     assert encode_solo(raw, Dtype.BF16, zstd_level=12).params == params
+
+
+def test_the_example_of_a_prediction_decodes():
+    text = section("Predictions: an example")
+    blocks = [bytes.fromhex(h) for h in re.findall(r"^    ((?:[0-9a-f]{2} ?)+)", text, re.M)]
+    raw, params, payload = blocks[0], b"".join(blocks[1:7]), b"".join(blocks[7:])
+    assert f"`params` ({len(params)} bytes) and `payload` ({len(payload)} bytes)" in text
+    numbers = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").copy()
+    numbers[-1] = 4.5
+    base = memoryview(numbers.tobytes())
+    found = decode(Predictor.CAST, Dtype.BF16, params, memoryview(payload), len(raw), [base])
+    assert bytes(found) == raw
+
+
+def test_levels_and_the_forms_of_groups():
+    row = section("Pack header")
+    assert "level: " + ", ".join(f"{x.value} {x.name.lower()}" for x in Level) in row
+    text = section("Residuals")
+    assert f"group count, 0 to {GROUPS_MAX}" in text
+    assert "0 all residuals are 0; 1, 2 or 4 packed" in text
+    assert PACKED_BITS == (1, 2, 4)
 
 
 def test_span_kind_codes():

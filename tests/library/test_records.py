@@ -25,7 +25,14 @@ from fragfs.library.records import (
     parse_pack_header,
     parse_record_header,
 )
-from fragfs.types import Dtype, Fragment, FragmentId, LibraryConfig, Predictor
+from fragfs.types import (
+    LIBRARY_FORMAT_VERSION,
+    Dtype,
+    Fragment,
+    FragmentId,
+    LibraryConfig,
+    Predictor,
+)
 
 
 def fragment(payload: bytes = b"payload", params: bytes = b"params") -> Fragment:
@@ -93,7 +100,7 @@ def test_pack_header_round_trip_and_damage():
 
 def test_a_pack_of_a_newer_format_is_refused():
     data = bytearray(pack_pack_header(PackHeader(b"u" * 16, 1, LibraryConfig())))
-    data[8] = 2
+    data[8] = LIBRARY_FORMAT_VERSION + 1
     data[-8:] = checksum(bytes(data[:-8])).to_bytes(8, "little")
     with pytest.raises(FormatError, match="upgrade fragfs"):
         parse_pack_header(bytes(data), "p")
