@@ -45,7 +45,7 @@ _NO_MODEL = "(no model any more)"
 @shared_options()
 @pass_session
 def explain_command(session: Session, target: str, fragments: bool, as_json: bool) -> None:
-    """Say where the bytes of a model live, what they are predicted from, and who shares them.
+    """Say where bytes live, what predicts them, and who shares them.
 
     Of a file, its tensors are listed as well. "Exclusive" is what removing the model would free;
     "bases" are pieces that are not in these files and that reading them takes. A piece is
@@ -335,11 +335,11 @@ def estimate_command(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Say what adding directories or files would store, without adding them.
+    """Say what adding directories or files would store.
 
-    Everything is read, which finds exactly what is stored already. Of the rest a sample is
-    encoded; how much its parts differ gives the margin. Paths count as added one after the other,
-    so that later ones may share with earlier ones.
+    Nothing is added. Everything is read, which finds exactly what is stored already. Of the rest
+    a sample is encoded; how much its parts differ gives the margin. Paths count as added one after
+    the other, so that later ones may share with earlier ones.
     """
     from fragfs.cli.progress import show_progress
     from fragfs.library.add import AddOptions
@@ -363,12 +363,7 @@ def _estimate_lines(report: EstimateReport) -> list[str]:
         ("logical", format_bytes(logical), format_count(report.file_count, "file")),
         ("equal", format_bytes(report.exact_bytes), "stored already, or more than once in these"),
         ("new", format_bytes(logical - report.exact_bytes), ""),
-        (
-            "to store",
-            format_bytes(report.stored_bytes),
-            f"{format_share(report.stored_bytes, logical)} of logical,"
-            f" estimated, ± {format_bytes(report.margin_bytes)}",
-        ),
+        ("to store", format_bytes(report.stored_bytes), _certainty(report)),
     ]
     lines = format_table(rows, "lll")
     if report.mechanisms:
@@ -379,15 +374,19 @@ def _estimate_lines(report: EstimateReport) -> list[str]:
         ]
         lines += ["", *format_table(table, "rrl")]
     new_bytes = logical - report.exact_bytes
-    share = format_share(report.sampled_bytes, new_bytes)
-    if new_bytes:
-        lines += [
-            "",
-            f"from a sample of {format_bytes(report.sampled_bytes)} ({share} of what is new)",
-        ]
+    if report.sampled_bytes < new_bytes:
+        share = format_share(report.sampled_bytes, new_bytes)
+        lines += ["", f"from a sample of {format_bytes(report.sampled_bytes)}, {share} of the new"]
     if report.skipped:
         lines.append(f"left out: {format_count(len(report.skipped), 'file')}; --json lists them")
     return lines
+
+
+def _certainty(report: EstimateReport) -> str:
+    share = f"{format_share(report.stored_bytes, report.logical_bytes)} of logical"
+    if report.sampled_bytes == report.logical_bytes - report.exact_bytes:
+        return f"{share}; all that is new was encoded"
+    return f"{share}, estimated, ± {format_bytes(report.margin_bytes)}"
 
 
 def _ranked(mechanisms: dict[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:

@@ -62,6 +62,11 @@ the last bits of f32 weights between two checkpoints they do again up to the nex
 do not show it. (Embeddings of a run: 0.118 instead of 0.143. Scaling one base by the decay:
 0.23.)"""
 
+_SETTLED = {Level.FAST: 0, Level.BALANCED: 2, Level.SMALL: 3}
+"""Of the candidates with the best estimates, how many are settled by encoding the sample."""
+_SETTLED_SHARE_MIN = 0.01
+"""Below this share there is nothing to settle."""
+
 _BASE_GAIN = 0.95
 """What a base must save against solo coding to be worth decoding it at every read."""
 _CLOSE = 0.85
@@ -198,12 +203,15 @@ def encode_best(
     if not trials:
         return Choice(encode_solo(view, dtype, zstd_level=zstd_level))
     trials.sort(key=_rank)
-    best = trials[0]
+    count = _SETTLED[level]
+    settled = [_settle(view, dtype, taken, trial, level) for trial in trials[:count]]
+    best = min(settled, key=_rank) if settled else trials[0]
     if best.share > _BLEND_PAYS_MIN:
         indices = [trial.bases[0] for trial in trials]
         limit = best.share * _BLEND_GAIN[level]
         blends = _try_blends(view, dtype, taken, indices, level, may_combine, limit)
         best = min([best, *blends], key=lambda trial: trial.share)
+    best = _settle_grouping(view, dtype, taken, best, level)
     solo_share = estimate_solo(view, dtype, zstd_level) if best.share > _SURE else 1.0
     if best.share > solo_share / _BASE_GAIN:
         return Choice(encode_solo(view, dtype, zstd_level=zstd_level))
@@ -235,15 +243,20 @@ def encode_from(
             for trial in _try_blends(view, dtype, bases, everything, level, lambda _: True, 1.0)
             if len(trial.bases) == len(bases)
         ]
-    return _encode(view, dtype, bases, found[0], zstd_level) if found else None
+    if not found:
+        return None
+    best = min(found, key=lambda trial: trial.share)
+    best = _settle_grouping(view, dtype, bases, best, level)
+    return _encode(view, dtype, bases, best, zstd_level)
 
 
 def estimate_single(
     raw: Buffer, dtype: Dtype, base: Candidate, *, level: Level, rows: Rows = NO_ROWS
 ) -> float | None:
     """Stored / raw of a fragment predicted from a base, from a sample; None if it cannot be."""
-    found = _try_singles(memoryview(raw).cast("B"), dtype, [base], level, rows)
-    return found[0].share if found else None
+    view = memoryview(raw).cast("B")
+    found = _try_singles(view, dtype, [base], level, rows)
+    return _settle(view, dtype, [base], found[0], level).share if found else None
 
 
 def estimate_blends(
@@ -311,7 +324,7 @@ def _try_singles(
             prediction = _fit_scales(view, dtype, candidate, count, rows)
             if prediction is None:
                 continue
-        trial = _try(view, dtype, candidates, (index,), prediction, level)
+        trial = _try(view, dtype, candidates, (index,), prediction, level, exact=False)
         trials.append(replace(trial, bases=(first + index,)))
         if trial.share < 1e-3:
             break
@@ -367,7 +380,15 @@ def _try_blends(
                     for coefficients in ((2.0, -1.0), (-1.0, 2.0))
                 ]
             for prediction in predictions:
-                trial = _try(view, dtype, candidates, bases, prediction, level)
+                trial = _try(
+                    view,
+                    dtype,
+                    candidates,
+                    bases,
+                    prediction,
+                    level,
+                    exact=level is not Level.FAST,
+                )
                 if trial.share < limit:
                     found.append(trial)
         if found:
@@ -391,8 +412,9 @@ def _screen(
     columns = []
     for raw, column_dtype in ((view, dtype), *pairs):
         words = np.frombuffer(raw, f"<u{unit_size(column_dtype)}", count)[::step]
-        floats = widen(np.ascontiguousarray(words), column_dtype).astype(np.float64)
-        columns.append(np.nan_to_num(floats, posinf=0, neginf=0))
+        floats = widen(np.ascontiguousarray(words), column_dtype)
+        with np.errstate(all="ignore"):  # signalling NaNs
+            columns.append(np.nan_to_num(floats.astype(np.float64), posinf=0, neginf=0))
     products = np.stack(columns) @ np.stack(columns).T
     place = {index: position + 1 for position, index in enumerate(used)}
 
@@ -415,8 +437,36 @@ def _try(
     bases: tuple[int, ...],
     prediction: Prediction,
     level: Level,
+    *,
+    exact: bool,
 ) -> _Trial:
-    """What a prediction stores of the sample, as a share of its size."""
+    """What a prediction stores of the sample, as a share of its size.
+
+    Estimated, or encoded if `exact`: that takes three times as long, and sees runs.
+    """
+    words, predicted, covered = _predict_sample(view, dtype, candidates, bases, prediction)
+    grouped = level is not Level.FAST
+    if np.array_equal(words, predicted):
+        size = 0
+    elif exact:
+        params, payload = encode_residual(words, predicted, dtype, grouped=grouped, level=1)
+        size = len(params) + sum(map(len, payload))
+    else:
+        size = estimate_residual(words, predicted, dtype, grouped=grouped)
+    # What no base covers is stored solo: count it as not shrinking at all.
+    share = size / words.nbytes * covered + (1 - covered)
+    depth = sum(candidates[index].depth for index in bases)
+    return _Trial(bases, prediction, share, grouped, depth)
+
+
+def _predict_sample(
+    view: memoryview,
+    dtype: Dtype,
+    candidates: Sequence[Candidate],
+    bases: tuple[int, ...],
+    prediction: Prediction,
+) -> tuple[Words, Words, float]:
+    """Sampled words, what they are predicted to be, and which share of the fragment is covered."""
     pairs = [(candidates[index].raw, candidates[index].dtype) for index in bases]
     count = covered_words(view, dtype, pairs)
     sample = _Sample(count)
@@ -428,25 +478,26 @@ def _try(
     else:
         taken = [sample.take(raw, base_dtype).data.cast("B") for raw, base_dtype in pairs]
         predicted = prediction.predict(taken, dtype, words.size)
-    sizes = {}
-    if level is not Level.SMALL:
-        sizes[False] = _residual_size(words, predicted, dtype, level, grouped=False)
-    if level is not Level.FAST and sizes.get(False) != 0:
-        sizes[True] = _residual_size(words, predicted, dtype, level, grouped=True)
-    grouped = True in sizes and sizes[True] <= sizes.get(False, np.inf) * _GROUPING_GAIN
-    share = sizes[grouped] / words.nbytes if sizes[grouped] else 0.0
-    # What no base covers is stored solo: count it as not shrinking at all.
-    covered = count * unit_size(dtype) / len(view)
-    depth = sum(candidates[index].depth for index in bases)
-    return _Trial(bases, prediction, share * covered + (1 - covered), grouped, depth)
+    return words, predicted, count * unit_size(dtype) / len(view)
 
 
-def _residual_size(
-    words: Words, predicted: Words, dtype: Dtype, level: Level, *, grouped: bool
-) -> int:
-    if np.array_equal(words, predicted):
-        return 0
-    if level is Level.FAST:
-        return estimate_residual(words, predicted, dtype, grouped=grouped)
-    params, payload = encode_residual(words, predicted, dtype, grouped=grouped, level=1)
-    return len(params) + sum(map(len, payload))
+def _settle(
+    view: memoryview, dtype: Dtype, candidates: Sequence[Candidate], trial: _Trial, level: Level
+) -> _Trial:
+    """A trial that was estimated, encoded."""
+    if trial.share < _SETTLED_SHARE_MIN or level is Level.FAST:
+        return trial
+    return _try(view, dtype, candidates, trial.bases, trial.prediction, level, exact=True)
+
+
+def _settle_grouping(
+    view: memoryview, dtype: Dtype, candidates: Sequence[Candidate], trial: _Trial, level: Level
+) -> _Trial:
+    """Level BALANCED groups only where that saves enough to be worth the decoder's time."""
+    if level is not Level.BALANCED or trial.share < _SETTLED_SHARE_MIN:
+        return trial
+    words, predicted, _ = _predict_sample(view, dtype, candidates, trial.bases, trial.prediction)
+    grouped, plain = (
+        estimate_residual(words, predicted, dtype, grouped=grouped) for grouped in (True, False)
+    )
+    return replace(trial, grouped=grouped < _GROUPING_GAIN * plain)

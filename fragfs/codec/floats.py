@@ -9,6 +9,7 @@ residual covers the rest. Format: library/FORMAT.md, "Conversions".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -16,9 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fragfs.codec.kernels import find_kernels
 from fragfs.types import Dtype
 
-__all__ = ["FLOATS", "narrow", "quantize", "widen", "word_type"]
+__all__ = ["FLOATS", "blend", "narrow", "quantize", "widen", "word_type"]
 
 Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
 Floats: TypeAlias = NDArray[np.float32]
@@ -26,8 +28,14 @@ Floats: TypeAlias = NDArray[np.float32]
 FLOATS = (Dtype.F32, Dtype.BF16, Dtype.F16, Dtype.F8_E4M3, Dtype.F8_E5M2)
 """Formats that can be converted into one another, by way of f32."""
 
-_BLOCK_WORDS = 1 << 15
-"""Words converted at a time: all temporaries of a block fit the second-level cache."""
+_TINY_EXPONENT = 64
+"""An f32 with a smaller exponent field counts as zero in a blend: products with coefficients of at
+least 2**-20 and their sums are then never denormal, so flushing cannot change them."""
+
+_kernels = find_kernels()
+_WIDENED = {Dtype.BF16: 0, Dtype.F16: 1}
+_NARROWED = {Dtype.BF16: 0, Dtype.F16: 1, Dtype.F8_E4M3: 2, Dtype.F8_E5M2: 3}
+"""What the kernels call the formats that they convert from, and to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,10 @@ def widen(words: Words, dtype: Dtype) -> Floats:
     Returns:
         float32, of fresh memory; for F32 a view.
     """
+    if _kernels is not None and dtype in _WIDENED:
+        converted: Floats = np.empty(words.size, "<f4")
+        _kernels.widen(_WIDENED[dtype], words, converted)
+        return converted
     match dtype:
         case Dtype.F32:
             exact: Floats = words.view("<f4")
@@ -141,6 +153,10 @@ def narrow(floats: Floats, dtype: Dtype) -> Words:
         Bit patterns of `dtype`, of fresh memory; for F32 a view.
     """
     bits: Words = floats.view("<u4")
+    if _kernels is not None and dtype in _NARROWED:
+        converted: Words = np.empty(floats.size, word_type(dtype))
+        _kernels.narrow(_NARROWED[dtype], floats, converted)
+        return converted
     match dtype:
         case Dtype.F32:
             return bits
@@ -177,6 +193,41 @@ def _narrow_small(bits: Words, small: _Small, word: np.dtype[np.unsignedinteger[
     np.bitwise_or(code, magnitude, out=code)
     codes: Words = code.astype(word)
     return codes
+
+
+def blend(inputs: Sequence[Floats], coefficients: Sequence[float]) -> Floats:
+    """The sum of each input times its coefficient, rounded to f32 after every operation.
+
+    Numbers below 2**-63 count as 0, and so does a sum that is infinite or NaN: its bits would be
+    the machine's choice.
+
+    Args:
+        inputs: float32, all of one size.
+        coefficients: One f32 for each.
+    """
+    total: Floats = np.empty(inputs[0].size, "<f4")
+    for index, (floats, coefficient) in enumerate(zip(inputs, coefficients, strict=True)):
+        if _kernels is not None:
+            _kernels.scale(floats, coefficient, index == 0, total)
+            continue
+        with np.errstate(all="ignore"):
+            product = _without_tiny(floats) * np.float32(coefficient)
+            np.add(total, product, out=total) if index else np.copyto(total, product)
+    bits: Words = total.view("<u4")
+    special = (bits & np.uint32(0x7F800000)) == 0x7F800000
+    if special.any():
+        bits[special] = 0
+    return total
+
+
+def _without_tiny(floats: Floats) -> Floats:
+    bits: Words = floats.view("<u4")
+    tiny = (bits & np.uint32(0x7F800000)) < np.uint32(_TINY_EXPONENT << 23)
+    if not tiny.any():
+        return floats
+    cleaned = bits.copy()
+    cleaned[tiny] = 0
+    return cleaned.view("<f4")
 
 
 def quantize(floats: Floats, scales: Floats) -> Words:

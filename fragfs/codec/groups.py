@@ -12,18 +12,15 @@ library/FORMAT.md, "Residuals".
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fragfs.codec.kernels import find_kernels
 from fragfs.errors import FormatError
 from fragfs.types import Dtype
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 __all__ = ["GROUPS_MAX", "Groups", "Words", "join_groups", "plan_groups", "split_groups"]
 
@@ -39,18 +36,7 @@ _GROUP_SHARE_MIN = 1 / 32
 """Exponents rarer than this share are joined with the next one: the largest weights of a tensor."""
 
 
-def _load_kernels() -> ModuleType | None:
-    if sys.byteorder != "little":
-        return None
-    try:
-        from fragfs.codec import _kernels  # type: ignore[attr-defined]  # compiled, no stub
-    except ImportError:
-        return None
-    module: ModuleType = _kernels
-    return module
-
-
-_kernels = _load_kernels()
+_kernels = find_kernels()
 
 
 @dataclass(frozen=True, slots=True)

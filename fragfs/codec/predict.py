@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fragfs.codec.floats import FLOATS, narrow, quantize, widen, word_type
+from fragfs.codec.floats import FLOATS, blend, narrow, quantize, widen, word_type
 from fragfs.errors import FormatError
 from fragfs.types import FRAGMENT_BYTES_MAX, Dtype, Predictor
 
@@ -31,9 +31,6 @@ SCALED = (Dtype.I8,)
 _BLOCK_WORDS = 1 << 15
 """Words predicted at a time: all temporaries of a block fit the second-level cache."""
 
-_TINY_EXPONENT = 64
-"""An f32 with a smaller exponent field counts as zero in a blend: products with coefficients of at
-least 2**-20 and their sums are then never denormal, so flushing cannot change them."""
 _COEFFICIENT_MIN = 2.0**-20
 _COEFFICIENT_MAX = 2.0**20
 
@@ -105,22 +102,8 @@ class Prediction:
             elif self.predictor is Predictor.CAST:
                 out[part] = narrow(floats[0], dtype)
             else:
-                out[part] = narrow(self._blend(floats), dtype)
+                out[part] = narrow(blend(floats, self.coefficients), dtype)
         return out
-
-    def _blend(self, inputs: list[Floats]) -> Floats:
-        total: Floats | None = None
-        with np.errstate(all="ignore"):
-            for floats, coefficient in zip(inputs, self.coefficients, strict=True):
-                product = np.multiply(_without_tiny(floats), np.float32(coefficient))
-                total = product if total is None else np.add(total, product, out=total)
-        assert total is not None
-        # Infinities and NaNs, whose bits machines may choose, predict 0.
-        bits = total.view("<u4")
-        special = (bits & np.uint32(0x7F800000)) == 0x7F800000
-        if special.any():
-            bits[special] = 0
-        return total
 
     def _scales(self, count: int) -> Floats:
         if not self.row_words:
@@ -220,16 +203,6 @@ def _words(raw: memoryview, unit: int, count: int) -> Words:
     return np.frombuffer(raw, f"<u{unit}", count)
 
 
-def _without_tiny(floats: Floats) -> Floats:
-    bits = floats.view("<u4")
-    tiny = (bits & np.uint32(0x7F800000)) < np.uint32(_TINY_EXPONENT << 23)
-    if not tiny.any():
-        return floats
-    cleaned = bits.copy()
-    cleaned[tiny] = 0
-    return cleaned.view("<f4")
-
-
 # --- fitting, for writers only: nothing here needs to be the same everywhere
 
 
@@ -243,8 +216,9 @@ def fit_blend(
         dtype: How they read; one of FLOATS.
         bases: The same words of each base, and how they read; two or three.
     """
-    columns = np.stack([widen(words, base).astype(np.float64) for words, base in bases], axis=1)
-    wanted = widen(target, dtype).astype(np.float64)
+    with np.errstate(all="ignore"):  # signalling NaNs
+        columns = np.stack([widen(words, base).astype(np.float64) for words, base in bases], 1)
+        wanted = widen(target, dtype).astype(np.float64)
     usable = np.isfinite(columns).all(axis=1) & np.isfinite(wanted)
     columns, wanted = columns[usable], wanted[usable]
     if wanted.size < 16 * len(bases):

@@ -304,7 +304,7 @@ def decode_residual(
     # Room for the residual, for a plane or codes (padded to whole words), and for widening.
     memory = _memory.take(2 * count * unit + count + 64)
     residual: Words = memory[: count * unit].view(prediction.dtype)
-    room = memory[count * unit :]
+    room = memory[_round_up(count * unit) :]
     last_keys, sizes = [], []
     escaped: list[tuple[int, NDArray[np.intp]]] = []
     start = 0
@@ -334,17 +334,25 @@ def decode_residual(
 
 
 def _read_planes(reader: _Reader, values: Words, room: NDArray[np.uint8]) -> None:
-    """Fill `values` with the next streams, lowest byte first."""
+    """Fill `values` with the next streams, lowest byte first.
+
+    Args:
+        reader: What to read from.
+        values: Where to.
+        room: Scratch memory that starts at a multiple of 8 bytes: a word and a byte for each value,
+            and 64 bytes more.
+    """
     count, unit = values.size, values.itemsize
-    wide: Words = _aligned(room, count * unit).view(values.dtype)
+    wide: Words = room[: count * unit].view(values.dtype)
     constant = 0
-    values.fill(0)
     for position in range(unit):
         method, stored = reader.stream()
         if method is Method.CONSTANT:
             if len(stored) != 1:
                 raise FormatError("a constant stream is not one byte", actual=len(stored))
             constant |= stored[0] << 8 * position
+            if position == 0:
+                values.fill(0)
             continue
         if method is Method.RAW:
             if len(stored) != count:
@@ -365,10 +373,9 @@ def _read_planes(reader: _Reader, values: Words, room: NDArray[np.uint8]) -> Non
         np.bitwise_or(values, values.dtype.type(constant), out=values)
 
 
-def _aligned(room: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """`size` bytes at the start of `room`, moved up to a multiple of 8."""
-    skip = -room.ctypes.data % 8
-    return room[skip : skip + size]
+def _round_up(size: int) -> int:
+    """The next multiple of 8: where words of any width may begin."""
+    return -(-size // 8) * 8
 
 
 def _read_codes(
@@ -390,9 +397,7 @@ def _read_codes(
     else:
         packed = room[-size:]
         decompress_into(stored, packed.data)
-    codes = _aligned(room, size * 8 // bits)
-    if codes.size + size > room.size - 8:
-        codes = np.empty(size * 8 // bits, np.uint8)
+    codes = room[: size * 8 // bits]
     unpack_codes(packed, bits, codes)
     codes = codes[: values.size]
     np.copyto(values, codes)

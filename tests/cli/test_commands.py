@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 MODEL_KEYS = {"name", "file_count", "logical_bytes", "stored_bytes", "added_ns", "mtime_ns"}
 FILE_KEYS = {"path", "size", "stored_bytes", "sha256", "mode", "mtime_ns", "verdict"}
@@ -15,7 +18,8 @@ ADD_KEYS = set(
 )
 STATS_KEYS = set(
     "library model model_count file_count logical_bytes unique_bytes stored_bytes exclusive_bytes"
-    " fragment_count shared_fragment_count unreferenced_bytes disk_bytes saved_bytes".split()
+    " shared_bytes base_bytes fragment_count shared_fragment_count unreferenced_bytes disk_bytes"
+    " saved_bytes predicted_bytes".split()
 )
 
 
@@ -337,12 +341,55 @@ def test_rm_of_a_model_says_what_stays(fragfs, make_model):
     result = fragfs("rm", "one")
     assert result.status == 0
     assert result.lines[0] == "removed one: 2 files, 200 kB"
-    assert result.lines[1].startswith("0 B in the packs are needed by no model now; they stay")
+    assert result.lines[1] == "0 B are needed by no model any more"
     assert fragfs("ls").lines == ["two"]
     report = fragfs("rm", "two", "--json").json
     size = sum(len(data) for data, _ in tree_of(directory).values())
-    assert report["removed"] == [{"model": "two", "file_count": 2, "removed_bytes": size}]
+    assert report["removed"] == [
+        {
+            "model": "two",
+            "file_count": 2,
+            "removed_bytes": size,
+            "kept_bytes": 0,
+            "kept_for": [],
+        }
+    ]
     assert report["unreferenced_bytes"] > 10_000
+
+
+def test_rm_names_the_command_that_frees_space(fragfs, make_model):
+    fragfs("add", make_model("one"))
+    result = fragfs("rm", "one")
+    assert len(result.lines) == 2
+    assert result.lines[1].endswith(
+        " are needed by no model any more; free them with: fragfs optimize"
+    )
+
+
+def test_rm_says_who_is_predicted_from_what_is_removed(fragfs, make_model, tmp_path):
+    directory = make_model("base")
+    fragfs("add", directory)
+    weights = load_file(directory / "model.safetensors")["layer.weight"]
+    rng = np.random.default_rng(9)
+    for number in range(7):
+        tuned = tmp_path / "sources" / f"tuned-{number}"
+        tuned.mkdir()
+        noise = rng.standard_normal(weights.size, dtype=np.float32) * np.float32(1e-5)
+        save_file({"layer.weight": weights + noise}, tuned / "model.safetensors")
+        fragfs("add", tuned)
+    result = fragfs("rm", "base")
+    assert result.status == 0
+    removed, stays, freed = result.lines
+    assert removed == "removed base: 2 files, 200 kB"
+    assert re.match(
+        r"  stays     \d+ kB that others are predicted from: tuned-\d \(\d+ kB\), ", stays
+    )
+    assert stays.count("tuned-") == 5
+    assert stays.endswith(" and 2 more")
+    assert "are needed by no model any more; free them with: fragfs optimize" in freed
+    assert fragfs("verify").status == 0
+    report = fragfs("rm", "tuned-0", "--json").json["removed"][0]
+    assert report["kept_bytes"] == sum(user["stored_bytes"] for user in report["kept_for"]) == 0
 
 
 def test_rm_of_files_and_directories(fragfs, make_model):

@@ -1,12 +1,14 @@
 import pytest
 
 from fragfs.cli.tables import (
+    describe_mechanism,
     format_bytes,
     format_count,
     format_share,
     format_table,
     list_savings,
 )
+from fragfs.types import Predictor
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,13 @@ def test_shares_and_counts():
 def test_columns_line_up_and_lines_have_no_trailing_blanks():
     rows = [("size", "file"), ("1 B", "a"), ("100 kB", "")]
     assert format_table(rows, "rl") == ["  size  file", "   1 B  a", "100 kB"]
+
+
+def test_every_predictor_has_plain_words():
+    for predictor in Predictor:
+        name = predictor.name.lower()
+        assert describe_mechanism(name) != name or name == "zstd"
+    assert describe_mechanism("novel") == "novel"
 
 
 def test_savings_are_ranked_and_empty_ones_left_out():

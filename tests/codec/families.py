@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+import pytest
 
+from fragfs.codec import floats, groups
 from fragfs.codec.encoding import decode
 from fragfs.codec.predict import Prediction
 from fragfs.codec.predicted import encode_predicted
@@ -38,6 +40,12 @@ UNIT = {
     **dict.fromkeys([Dtype.F32, Dtype.I32, Dtype.U32, Dtype.C64], 4),
     **dict.fromkeys([Dtype.F64, Dtype.I64, Dtype.U64, Dtype.C128], 8),
 }
+
+
+def without_kernels(patch: pytest.MonkeyPatch) -> None:
+    """From now on numpy does what the compiled loops do."""
+    for module in (floats, groups):
+        patch.setattr(module, "_kernels", None)
 
 
 def unit_of(dtype: Dtype) -> int:
@@ -239,7 +247,9 @@ def blend_cases() -> list[Case]:
     a, b, c = numbers(seed=3), numbers(seed=4), numbers(seed=5)
     found = []
     for dtype in FLOATS:
-        bases = [(dtype, with_specials(as_dtype(v, dtype), dtype, s)) for s, v in enumerate((a, b, c))]
+        bases = [
+            (dtype, with_specials(as_dtype(v, dtype), dtype, s)) for s, v in enumerate((a, b, c))
+        ]
         for name, values, chosen, coefficients in (
             ("half", a / 2 + b / 2, bases[:2], (0.5, 0.5)),
             ("extrapolated", 2 * a - b, bases[:2], (2, -1)),

@@ -1,7 +1,8 @@
 """Adds records to golden_predicted.json: `python -m tests.codec.make_golden`.
 
-A record that is there already is never touched: what was ever written must decode forever. Raw bytes
-come from the reference in this folder; the code under test must agree before anything is written.
+A record that is there already is never touched: what was ever written must decode forever. Raw
+bytes come from the reference in this folder; the code under test must agree before anything is
+written.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def base_of(dtype: Dtype, count: int = 40, seed: int = 0) -> bytes:
     words = specials(dtype) + (NEAR_TIES if dtype is Dtype.F32 else [])
     rng = np.random.default_rng(seed)
     middle = 0x3C << 8 * unit - 8
-    words += [int(middle + step) for step in rng.integers(-(3 << 8 * unit - 8), 3 << 8 * unit - 8, 64)]
+    words += [
+        int(middle + step) for step in rng.integers(-(3 << 8 * unit - 8), 3 << 8 * unit - 8, 64)
+    ]
     return b"".join(word.to_bytes(unit, "little") for word in words[:count])
 
 
@@ -95,12 +98,12 @@ def delta(
     count = len(base) // unit_of(dtype)
     params, payload = residual_in_forms(base, dtype, last_keys, forms, method)
     header = struct.pack("<I", count)
-    return Record(
-        f"delta {name}", Predictor.DELTA, dtype, header + params, payload, (base,)
-    )
+    return Record(f"delta {name}", Predictor.DELTA, dtype, header + params, payload, (base,))
 
 
-def with_tail(record: Record, name: str, solo: int, solo_params: bytes, stored: bytes, tail: bytes) -> Record:
+def with_tail(
+    record: Record, name: str, solo: int, solo_params: bytes, stored: bytes, tail: bytes
+) -> Record:
     """A record whose fragment goes on behind its bases."""
     rest = struct.pack("<BH", solo, len(solo_params)) + solo_params
     return Record(
@@ -120,7 +123,9 @@ def sparse(name: str, dtype: Dtype, changes: Sequence[tuple[int, int]], method: 
     gaps = [b - a - 1 for a, b in zip([-1, *places], places)]  # noqa: B905 # of unequal length
     streams = [
         reference.planes_of(gaps, 4, [method] * 4),
-        reference.planes_of([value for _, value in changes], unit_of(dtype), [method] * unit_of(dtype)),
+        reference.planes_of(
+            [value for _, value in changes], unit_of(dtype), [method] * unit_of(dtype)
+        ),
     ]
     params = struct.pack("<II", len(base) // unit_of(dtype), len(changes))
     return Record(
@@ -179,7 +184,7 @@ def records() -> list[Record]:
         plain,
         delta("bf16 right throughout", Dtype.BF16, [255], [0]),
         delta("bf16 groups", Dtype.BF16, [0, 60, 125, 255], [2, 1, 4, 8]),
-        delta("f16 groups, zstd", Dtype.F16, [0, 14, 31, 255][:2] + [255], [1, 8, 4], 2),
+        delta("f16 groups, zstd", Dtype.F16, [0, 14, 255], [1, 8, 4], 2),
         delta("f32 groups", Dtype.F32, [0, 126, 255], [4, 8, 2]),
         delta("f32 zstd planes", Dtype.F32, [255], [8], 2),
         delta("f64 groups, a group of zeros", Dtype.F64, [100, 200, 255], [8, 0, 1]),
@@ -190,7 +195,9 @@ def records() -> list[Record]:
         with_tail(plain, "delta tail raw", 0, b"", b"tail", b"tail"),
         with_tail(plain, "delta tail constant", 1, b"ab", b"", b"ababa"),
         with_tail(plain, "delta tail zstd", 2, b"", frame, b"layers." * 9),
-        with_tail(plain, "delta tail planes", 3, planes, b"\x80\x01\x7f", bytes.fromhex("80bf813f")),
+        with_tail(
+            plain, "delta tail planes", 3, planes, b"\x80\x01\x7f", bytes.fromhex("80bf813f")
+        ),
         sparse("bf16", Dtype.BF16, [(0, 1), (1, 65535), (39, 300)]),
         sparse("f32, zstd", Dtype.F32, [(5, 1 << 31), (30, 7)], 2),
         sparse("u8", Dtype.U8, [(7, 128)], 1),
@@ -221,7 +228,12 @@ def add_new() -> int:
         raw = record.raw
         bases = [memoryview(base) for base in record.bases]
         found = decode(
-            record.predictor, record.dtype, record.params, memoryview(record.payload), len(raw), bases
+            record.predictor,
+            record.dtype,
+            record.params,
+            memoryview(record.payload),
+            len(raw),
+            bases,
         )
         assert found == raw, record.name
         vectors.append(

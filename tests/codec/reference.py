@@ -1,6 +1,6 @@
 """The format's rules for predicted fragments, one word at a time, sharing nothing with the code.
 
-Numbers are exact fractions and are rounded where the format says so; slow, and easy to check by hand.
+Numbers are exact fractions and are rounded where the format says so; slow, and easy to check.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def value_of(magnitude: int, mantissa: int, bias: int) -> Fraction:
 
 
 def code_of(value: Fraction, mantissa: int, bias: int) -> int:
-    """The code nearest to a number that is not negative, ties to even, as if there were no largest."""
+    """The code nearest to a number of at least 0, ties to even, as if there were no largest."""
     if not value:
         return 0
     exponent = value.numerator.bit_length() - value.denominator.bit_length()
@@ -153,7 +153,6 @@ class Reader:
         return [int.from_bytes(element, "little") for element in zip(*planes, strict=True)]
 
 
-
 def decode(
     predictor: int,
     dtype: Dtype,
@@ -199,7 +198,9 @@ def _predict(
         assert base_dtype is not None
         if predictor == Predictor.BLEND:
             coefficients += reader.take("f")
-        floats.append([widen(word, base_dtype) for word in _words(base, unit_of(base_dtype), count)])
+        floats.append(
+            [widen(word, base_dtype) for word in _words(base, unit_of(base_dtype), count)]
+        )
     if predictor == Predictor.CAST:
         return [narrow(bits, dtype) for bits in floats[0]]
     if predictor == Predictor.BLEND:

@@ -64,9 +64,9 @@ def quantize_inputs() -> tuple[np.ndarray, np.ndarray]:
     lattice = (np.arange(1 << 14, dtype=np.uint64) * 2654435761 + 99).astype("<u4")
     ties = np.arange(-600, 600).astype("<f4") * np.float32(0.5)
     floats = np.concatenate([lattice, SPECIAL_F32, SPECIAL_F32 | 0x80000000, ties.view("<u4")])
-    scales = np.array(
-        [2.0**-60, 2.0**-20, 1 / 127, 0.1, 0.5, 1, 3, 1024, 2.0**60], "<f4"
-    ).view("<u4")
+    scales = np.array([2.0**-60, 2.0**-20, 1 / 127, 0.1, 0.5, 1, 3, 1024, 2.0**60], "<f4").view(
+        "<u4"
+    )
     return np.repeat(floats, scales.size), np.tile(scales, floats.size)
 
 

@@ -1,4 +1,4 @@
-"""Damaged and hostile records: a documented error or as many bytes as were asked for, never more."""
+"""Damaged and hostile records: a documented error, or as many bytes as were asked for."""
 
 from __future__ import annotations
 
@@ -178,9 +178,7 @@ def damaged(draw) -> Stored:
 
 
 def _damage(draw, record: Stored) -> Stored:
-    kind = draw(
-        st.sampled_from(["params", "payload", "field", "swap", "size", "head", "bases"])
-    )
+    kind = draw(st.sampled_from(["params", "payload", "field", "swap", "size", "head", "bases"]))
     match kind:
         case "params":
             return replace(record, params=_bytes_damaged(draw, record.params))
@@ -334,7 +332,12 @@ def greedy_records() -> dict[str, Stored]:
         )
         changes, gaps = constant_planes(bytes(4))
         found[f"changes of {dtype.name}"] = Stored(
-            Predictor.SPARSE, dtype, words + words + changes + descriptors, gaps + planes, SIZE, (base,)
+            Predictor.SPARSE,
+            dtype,
+            words + words + changes + descriptors,
+            gaps + planes,
+            SIZE,
+            (base,),
         )
     scales, ones = constant_planes(b"\0\0\x80\x3f")
     for name, row, first in (("of one", 1, 1), ("without end", 0xFFFFFFFF, 0xFFFFFFFF)):

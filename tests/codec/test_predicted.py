@@ -33,6 +33,7 @@ from tests.codec.families import (
     quantized,
     unit_of,
     with_specials,
+    without_kernels,
 )
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_predicted.json").read_text())
@@ -64,7 +65,7 @@ def test_conversions_round_trip(cases, grouped, kernels):
 def test_both_kernels_store_the_same_bytes(cases, monkeypatch):
     found = cases()
     compiled = [case.encode(grouped=True) for case in found]
-    monkeypatch.setattr(groups, "_kernels", None)
+    without_kernels(monkeypatch)
     for case, encoding in zip(found, compiled, strict=True):
         assert case.encode(grouped=True) == encoding, case.name
         assert case.decode(encoding) == case.raw, case.name
@@ -171,9 +172,10 @@ class TestSizes:
     def test_a_narrower_copy_costs_its_header(self, target):
         values = numbers().astype("<f4").astype(np.float64)
         raw = as_dtype(values, target)
-        assert cast("", target, raw, Dtype.F32, as_dtype(values, Dtype.F32)).check(
-            grouped=True
-        ).size == 6
+        assert (
+            cast("", target, raw, Dtype.F32, as_dtype(values, Dtype.F32)).check(grouped=True).size
+            == 6
+        )
 
     @pytest.mark.parametrize("source", FLOATS[1:], ids=names)
     def test_a_wider_copy_costs_its_header(self, source):
@@ -283,7 +285,9 @@ class TestFitting:
         assert self.fit(a + b, a, b) is None
         assert self.fit(np.full(12_000, np.nan), numbers(seed=1), numbers(seed=2)) is None
 
-    @pytest.mark.parametrize(("row", "first"), [(0, 0), (100, 100), (100, 1), (7, 3), (12_000, 11_999)])
+    @pytest.mark.parametrize(
+        ("row", "first"), [(0, 0), (100, 100), (100, 1), (7, 3), (12_000, 11_999)]
+    )
     @pytest.mark.parametrize("source", FLOATS, ids=names)
     def test_scales_predict_nearly_everything(self, source, row, first):
         case = quantized("", numbers(), source, row, first)
@@ -390,7 +394,9 @@ class TestRefusals:
             few, many = (0, 4) if predictor == Predictor.BLEND else (0, 2)
             for count in (few, many, 255):
                 with pytest.raises(FormatError):
-                    decode(predictor, Dtype.F32, HEAD + bytes(60), memoryview(b""), 160, [BASE] * count)
+                    decode(
+                        predictor, Dtype.F32, HEAD + bytes(60), memoryview(b""), 160, [BASE] * count
+                    )
 
     def test_a_base_that_is_too_short(self):
         refuse(AS_DELTA, HEAD + b"\0", bases=[BASE[:-1]])
@@ -443,7 +449,9 @@ class TestRefusals:
             with pytest.raises(FormatError):
                 decode(Predictor.SPARSE, Dtype.F32, params, memoryview(payload), 160, [BASE])
         last = (39).to_bytes(4, "little") + b"\1\0\0\0"
-        assert len(decode(Predictor.SPARSE, Dtype.F32, params, memoryview(last), 160, [BASE])) == 160
+        assert (
+            len(decode(Predictor.SPARSE, Dtype.F32, params, memoryview(last), 160, [BASE])) == 160
+        )
 
     def test_a_tail_of_an_unknown_kind(self):
         for solo in (4, 5, 9, 255):

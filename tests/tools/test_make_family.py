@@ -393,16 +393,20 @@ def test_a_small_family_is_measured_by_the_real_command(family, tmp_path):
     manifest = json.loads((family.place / MANIFEST).read_text())
     manifest["members"] = [m for m in manifest["members"] if m["name"] in chosen]
     (place / MANIFEST).write_text(json.dumps(manifest))
-    options = FamilyOptions(place, order_count=1, levels=("balanced",), optimize=False)
+    options = FamilyOptions(place, order_count=1, levels=("balanced",))
     work = tmp_path / "work"
     work.mkdir()
     (table,) = measure_family(Setting(work), options)
     heads = [row[0] for row in table.rows]
-    assert heads[:2] == ["**whole family**", "whole family, worst of 1 other orders"]
-    assert heads[2:] == [row.text for row in ROWS if row.key in ("usual", "copy_bf16", "renamed")]
+    optimized = "whole family, after `fragfs optimize`"
+    worst = "whole family, worst of 1 other orders"
+    assert heads[:4] == ["**whole family**", optimized, worst, f"{worst}, optimized"]
+    assert heads[4:] == [row.text for row in ROWS if row.key in ("usual", "copy_bf16", "renamed")]
     tool = table.columns[-1].removeprefix("fragfs").strip() or "fragfs"
     figures = table.figures
     assert 0 < figures[f"family.whole.{tool}"] < figures["family.whole.zstd"] < 1
+    assert figures[f"family.optimized.{tool}"] <= figures[f"family.whole.{tool}"] * 1.05
+    assert figures[f"family.worst_order.{tool}"] >= figures[f"family.whole.{tool}"] * 0.9
     assert figures["family.renamed.xor"] < 0.02
     assert figures[f"family.ratio_to_xor.{tool}"] > 0
 

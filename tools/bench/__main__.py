@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fragfs.errors import FragmentError
 from tools.bench.codec import measure_codec
+from tools.bench.delta import measure_delta
 from tools.bench.family import LEVELS, FamilyOptions, measure_family
 from tools.bench.large import measure_large
 from tools.bench.limits import measure_limits
@@ -36,6 +37,7 @@ Section = Callable[[Setting], list[Table]]
 SECTIONS: dict[str, Section] = {
     "storage": measure_storage,
     "codec": measure_codec,
+    "delta": measure_delta,
     "add": measure_add,
     "read": measure_read,
     "limits": measure_limits,

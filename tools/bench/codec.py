@@ -35,7 +35,17 @@ from tools.bench.setting import Setting
 from tools.bench.workplace import BenchError
 from tools.bench.zipnn_codec import DTYPES, open_zipnn
 
-__all__ = ["MemoryRecords", "Rates", "cut", "measure_codec", "measure_rates", "store"]
+__all__ = [
+    "MemoryRecords",
+    "Rates",
+    "Timer",
+    "cut",
+    "measure_codec",
+    "measure_rates",
+    "one_core",
+    "store",
+    "timer",
+]
 
 _RAW_BYTES_MAX = 96 << 20
 _TENSOR_BYTES_MIN = 64 << 10
@@ -43,7 +53,7 @@ _PIECE_BYTES = 1 << 20
 
 _CONFIG = LibraryConfig()
 _Item = TypeVar("_Item")
-_Timer = Callable[[], float]
+Timer = Callable[[], float]
 
 
 class MemoryRecords:
@@ -141,7 +151,7 @@ class Rates:
 def measure_codec(setting: Setting) -> list[Table]:
     """GB/s of raw bytes per core: encoding and decoding, beside zipnn."""
     variants = setting.variants
-    with _one_core():
+    with one_core():
         rates = {variant.label: _variant_rates(variant, setting.rounds) for variant in variants}
     table = Table(
         "Codec: GB/s of raw bytes on one core",
@@ -191,7 +201,7 @@ def _add_row(
 
 
 @contextmanager
-def _one_core() -> Iterator[None]:
+def one_core() -> Iterator[None]:
     """Keep this process on one core, so that no library uses more of them than another."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
@@ -239,7 +249,7 @@ def measure_rates(items: Sequence[bytes], dtype_name: str, rounds: int) -> Rates
     return Rates(raw_size, seconds)
 
 
-def _fragfs_timers(pieces: list[tuple[bytes, Dtype]], raw_size: int) -> dict[str, _Timer]:
+def _fragfs_timers(pieces: list[tuple[bytes, Dtype]], raw_size: int) -> dict[str, Timer]:
     memory = MemoryRecords()
     fragments = [store(raw, dtype) for raw, dtype in pieces]
     for fragment in fragments:
@@ -251,30 +261,30 @@ def _fragfs_timers(pieces: list[tuple[bytes, Dtype]], raw_size: int) -> dict[str
     numbers = range(len(pieces))
     level = _CONFIG.zstd_level
     return {
-        "add": _timer(lambda piece: store(*piece), lambda: pieces, raw_size),
-        "encode": _timer(
+        "add": timer(lambda piece: store(*piece), lambda: pieces, raw_size),
+        "encode": timer(
             lambda piece: encode_solo(*piece, zstd_level=level), lambda: pieces, raw_size
         ),
-        "read": _timer(lambda n: decoder.decode(n, NO_SOURCE), lambda: numbers, raw_size),
-        "decode": _timer(lambda fields: decode(*fields), lambda: stored, raw_size),
+        "read": timer(lambda n: decoder.decode(n, NO_SOURCE), lambda: numbers, raw_size),
+        "decode": timer(lambda fields: decode(*fields), lambda: stored, raw_size),
     }
 
 
 def _zipnn_timers(
     dtype_name: str, whole: list[tuple[bytes, Dtype]], raw_size: int
-) -> dict[str, _Timer]:
+) -> dict[str, Timer]:
     codec = open_zipnn(dtype_name)
     if codec is None:
         return {}
-    timers: dict[str, _Timer] = {}
+    timers: dict[str, Timer] = {}
     for suffix, pieces in (("", whole), (" 1M", cut(whole, _PIECE_BYTES))):
         raws = [raw for raw, _ in pieces]
-        packed = [codec.encode_solo(raw) for raw in _copies(raws)]
+        packed = [codec.encode(raw) for raw in _copies(raws)]
         if any(codec.decode(one) != raw for one, raw in zip(packed, raws, strict=True)):
             raise BenchError("zipnn does not decode to what it encoded")
         # It rearranges its input in place (0.5.4): every encoding gets a copy, made beforehand.
-        timers[f"zipnn encode{suffix}"] = _timer(codec.encode, partial(_copies, raws), raw_size)
-        timers[f"zipnn decode{suffix}"] = _timer(codec.decode, partial(list, packed), raw_size)
+        timers[f"zipnn encode{suffix}"] = timer(codec.encode, partial(_copies, raws), raw_size)
+        timers[f"zipnn decode{suffix}"] = timer(codec.decode, partial(list, packed), raw_size)
     return timers
 
 
@@ -282,9 +292,9 @@ def _copies(raws: Sequence[bytes]) -> list[bytes]:
     return [bytes(bytearray(raw)) for raw in raws]
 
 
-def _timer(
+def timer(
     function: Callable[[_Item], object], make_items: Callable[[], Sequence[_Item]], raw_size: int
-) -> _Timer:
+) -> Timer:
     """What gives the seconds of this process's core that calling a function for items takes."""
 
     def time_once() -> float:

@@ -211,18 +211,19 @@ class _Measurements:
 
     # --- fragfs
 
-    def fragfs(self, level: str, members: Sequence[Member], *, optimize: bool = False) -> Stored:
-        """The library's directory after adding members in this order."""
+    def fragfs(self, level: str, members: Sequence[Member]) -> tuple[Stored, Stored | None]:
+        """The library's directory after adding members in this order, and after optimizing."""
         library = self._new_library(self._place / "whole.fragfs", level)
         begun = time.monotonic()
         for member in members:
             fragfs("add", self.family.path_of(member), library=library)
-        if optimize:
-            fragfs("optimize", library=library)
         seconds = time.monotonic() - begun
-        size = _settled_size(library)
+        added, optimized = Stored(_settled_size(library), {}, seconds), None
+        if self.can_optimize:
+            run = fragfs("optimize", library=library)
+            optimized = Stored(_settled_size(library), {}, run.seconds)
         shutil.rmtree(library)
-        return Stored(size, {}, seconds)
+        return added, optimized
 
     def fragfs_growth(self, level: str, member: Member) -> int:
         """By how much adding a member makes a library grow that has all it is derived from."""
@@ -416,24 +417,19 @@ def _tabulate(measured: _Measurements) -> Table:
     }
     seconds = {tool: stored.seconds for tool, (_, stored) in peers.items() if stored}
     whole["xor"], seconds["xor"] = xor.size / family.size, xor.seconds
-    for level in levels:
-        stored = measured.fragfs(level, family.members)
-        _tell(levels[level], stored)
-        whole[level], seconds[level] = stored.size / family.size, stored.seconds
+    optimized: dict[str, float | None] = {}
+    for level, head in levels.items():
+        added, after = measured.fragfs(level, family.members)
+        _tell(head, added)
+        whole[level], seconds[level] = added.size / family.size, added.seconds
+        if after is not None:
+            _tell(f"{head}, optimize", after)
+            optimized[level] = after.size / family.size
+            seconds[f"optimize {level}"] = after.seconds
     put("**whole family**", "whole", whole)
-    if measured.options.order_count:
-        orders = list_orders(family.members, measured.options.order_count)
-        worst: dict[str, float | None] = {"xor": max(measured.xor(o).size for o in orders)}
-        worst |= {level: max(measured.fragfs(level, o).size for o in orders) for level in levels}
-        text = f"whole family, worst of {len(orders)} other orders"
-        put(text, "worst_order", {tool: (size or 0) / family.size for tool, size in worst.items()})
-    if measured.can_optimize:
-        optimized = {
-            level: measured.fragfs(level, family.members, optimize=True) for level in levels
-        }
-        shares = {level: stored.size / family.size for level, stored in optimized.items()}
-        put("whole family, after `fragfs optimize`", "optimized", dict(shares))
-        seconds |= {f"optimize {level}": stored.seconds for level, stored in optimized.items()}
+    if optimized:
+        put("whole family, after `fragfs optimize`", "optimized", optimized)
+    _put_orders(measured, list(levels), put)
     for row in ROWS:
         members = [member for member in family.members if row.has(member) and member.parents]
         size = sum(map(family.size_of, members))
@@ -451,6 +447,30 @@ def _tabulate(measured: _Measurements) -> Table:
         put(row.text, row.key, {tool: sizes[tool] / size for tool in sizes})
     _add_conclusions(table, levels, whole, seconds)
     return table
+
+
+def _put_orders(
+    measured: _Measurements,
+    levels: list[str],
+    put: Callable[[str, str, dict[str, float | None]], None],
+) -> None:
+    """The rows of the order that is worst for a tool, each tool's own."""
+    family, count = measured.family, measured.options.order_count
+    worst: dict[str, float | None] = {}
+    optimized: dict[str, float | None] = {}
+    for number, order in enumerate(list_orders(family.members, count), 1):
+        worst["xor"] = max(worst.get("xor") or 0, measured.xor(order).size / family.size)
+        for level in levels:
+            added, after = measured.fragfs(level, order)
+            _tell(f"order {number} of {count}, {level or 'fragfs'}", added)
+            worst[level] = max(worst.get(level) or 0, added.size / family.size)
+            if after is not None:
+                optimized[level] = max(optimized.get(level) or 0, after.size / family.size)
+    text = f"whole family, worst of {count} other orders"
+    if worst:
+        put(text, "worst_order", worst)
+    if optimized:
+        put(f"{text}, optimized", "worst_order_optimized", optimized)
 
 
 def _add_conclusions(

@@ -1,0 +1,26 @@
+"""The compiled loops, where they were built and suit the machine; None elsewhere.
+
+Everything they do is also done with numpy, with equal results.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["find_kernels"]
+
+
+def find_kernels() -> ModuleType | None:
+    """The compiled module, or None."""
+    if sys.byteorder != "little":
+        return None
+    try:
+        from fragfs.codec import _kernels  # type: ignore[attr-defined]  # compiled, no stub
+    except ImportError:
+        return None
+    module: ModuleType = _kernels
+    return module

@@ -1,0 +1,246 @@
+"""The best of all encodings: what is chosen for which family, and that it is never wrong."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fragfs.codec.choose import Candidate, Choice, Rows, encode_best
+from fragfs.codec.encoding import decode
+from fragfs.codec.predict import fit_blend
+from fragfs.codec.solo import encode_solo
+from fragfs.types import Dtype, Level, Predictor
+from tests.codec.families import (
+    EVERY_KIND,
+    FLOATS,
+    NUMPY,
+    as_dtype,
+    nudged,
+    numbers,
+    one_bit,
+    quantized,
+    rows_shuffled,
+    unit_of,
+    with_specials,
+)
+
+EVERY_LEVEL = pytest.mark.parametrize("level", Level, ids=lambda level: level.name)
+COUNT = 50_000
+
+
+def names(value):
+    return getattr(value, "name", value)
+
+
+def choose(raw, dtype, *bases, level=Level.BALANCED, **options) -> Choice:
+    """Encode, decode from the chosen candidates alone, compare."""
+    candidates = [Candidate(memoryview(base), base_dtype) for base_dtype, base in bases]
+    choice = encode_best(raw, dtype, candidates, level=level, zstd_level=3, **options)
+    encoding = choice.encoding
+    assert len(set(choice.bases)) == len(choice.bases)
+    back = decode(
+        encoding.predictor,
+        dtype,
+        encoding.params,
+        memoryview(encoding.payload),
+        len(raw),
+        [candidates[index].raw for index in choice.bases],
+    )
+    assert back == raw
+    # The format's promise, which bounds records.
+    assert encoding.size <= len(raw)
+    return choice
+
+
+@EVERY_LEVEL
+@pytest.mark.parametrize("dtype", EVERY_KIND, ids=names)
+def test_a_fine_tune_is_a_delta(dtype, level):
+    base = with_specials(as_dtype(numbers(), dtype), dtype)
+    raw = nudged(base, dtype, share=0.1, step=1)
+    choice = choose(raw, dtype, (dtype, base), level=level)
+    assert choice.encoding.predictor is Predictor.DELTA
+    assert choice.encoding.size <= 0.5 * encode_solo(raw, dtype, zstd_level=3).size
+
+
+@EVERY_LEVEL
+@pytest.mark.parametrize("dtype", EVERY_KIND, ids=names)
+def test_one_changed_bit_is_listed(dtype, level):
+    base = as_dtype(numbers(), dtype)
+    choice = choose(one_bit(base, dtype), dtype, (dtype, base), level=level)
+    assert choice.encoding.predictor is Predictor.SPARSE
+    assert choice.encoding.size < 100
+
+
+@EVERY_LEVEL
+@pytest.mark.parametrize("dtype", EVERY_KIND, ids=names)
+def test_strangers_are_not_used(dtype, level):
+    raw = as_dtype(numbers(seed=1), dtype)
+    strangers = [np.random.default_rng(1).bytes(len(raw))]
+    if dtype.exponent_bits:
+        # Small integers gain even by a stranger: a residual knows no sign extension.
+        strangers.append(rows_shuffled(raw, dtype))
+    for base in strangers:
+        choice = choose(raw, dtype, (dtype, base), level=level)
+        assert choice.bases == ()
+        assert choice.encoding == encode_solo(raw, dtype, zstd_level=3)
+
+
+@EVERY_LEVEL
+@pytest.mark.parametrize("target", FLOATS, ids=names)
+@pytest.mark.parametrize("source", FLOATS, ids=names)
+def test_a_copy_in_another_float_is_a_cast(source, target, level):
+    if source is target:
+        return
+    base = as_dtype(numbers(), source)
+    exact = np.frombuffer(base, NUMPY[source]).astype(np.float64)
+    raw = as_dtype(exact, target)
+    choice = choose(raw, target, (source, base), level=level)
+    assert choice.encoding.predictor is Predictor.CAST
+    assert choice.encoding.size <= 0.003 * len(raw)
+
+
+@pytest.mark.parametrize("row", [0, 100])
+def test_an_int8_copy_is_quantized(row):
+    case = quantized("", numbers(), Dtype.F32, row, row)
+    choice = choose(case.raw, Dtype.I8, (Dtype.F32, case.bases[0]), rows=Rows(row, row))
+    assert choice.encoding.predictor is Predictor.QUANTIZE
+    assert choice.encoding.size <= 0.06 * len(case.raw)
+
+
+def test_an_int8_copy_with_cut_rows_and_a_tail():
+    case = quantized("", numbers(), Dtype.BF16, 256, 17, b"\1\2\3")
+    choice = choose(case.raw, Dtype.I8, (Dtype.BF16, case.bases[0]), rows=Rows(256, 17))
+    assert choice.encoding.predictor is Predictor.QUANTIZE
+
+
+def test_an_int8_copy_whose_rows_are_not_known():
+    case = quantized("", numbers(), Dtype.F32, 100, 100)
+    choose(case.raw, Dtype.I8, (Dtype.F32, case.bases[0]))
+
+
+@pytest.mark.parametrize("wanted", [(0.5, 0.5), (0.3, 0.7), (2, -1), (-0.5, 1.5)])
+@pytest.mark.parametrize("dtype", [Dtype.F32, Dtype.BF16, Dtype.F16], ids=names)
+def test_a_merge_is_a_blend(dtype, wanted):
+    a = numbers(COUNT, seed=1)
+    b = a + 0.1 * numbers(COUNT, seed=2)
+    wide = [x.astype("<f4") for x in (a, b)]
+    merged = wide[0] * np.float32(wanted[0]) + wide[1] * np.float32(wanted[1])
+    pairs = [(Dtype.F32, x.tobytes()) for x in wide]
+    choice = choose(as_dtype(merged, dtype), dtype, *pairs)
+    assert choice.encoding.predictor is Predictor.BLEND
+    assert sorted(choice.bases) == [0, 1]
+    assert choice.encoding.size <= 0.02 * unit_of(dtype) * COUNT
+
+
+def test_a_merge_of_three_at_the_smallest_level():
+    values = [numbers(COUNT, seed=s).astype("<f4") for s in range(3)]
+    shares = [np.float32(x) for x in (0.2, 0.3, 0.5)]
+    base = numbers(COUNT, seed=9).astype("<f4")
+    pairs = [(Dtype.F32, (base + np.float32(0.2) * x).tobytes()) for x in values]
+    tuned = [np.frombuffer(raw, "<f4") for _, raw in pairs]
+    merged = sum(x * f for x, f in zip(tuned, shares, strict=True)).astype("<f4")
+    choice = choose(merged.tobytes(), Dtype.F32, *pairs, level=Level.SMALL)
+    assert choice.encoding.predictor is Predictor.BLEND
+    assert sorted(choice.bases) == [0, 1, 2]
+    assert choice.encoding.size <= 0.05 * merged.nbytes
+
+
+def test_bases_that_may_not_be_combined_are_not():
+    a, b = numbers(COUNT, seed=1), numbers(COUNT, seed=2)
+    pairs = [(Dtype.F32, as_dtype(a + 0.1 * b * sign, Dtype.F32)) for sign in (1, -1)]
+    asked = []
+
+    def may_combine(indices):
+        asked.append(tuple(indices))
+        return False
+
+    choice = choose(as_dtype(a, Dtype.F32), Dtype.F32, *pairs, may_combine=may_combine)
+    assert asked
+    assert len(choice.bases) <= 1
+
+
+def test_the_closest_of_several_is_used():
+    base = as_dtype(numbers(COUNT), Dtype.BF16)
+    near, far = nudged(base, Dtype.BF16, 1, 0.1, 1), nudged(base, Dtype.BF16, 2, 1, 30)
+    noise = np.random.default_rng(1).bytes(len(base))
+    choice = choose(base, Dtype.BF16, *((Dtype.BF16, raw) for raw in (noise, far, near)))
+    assert choice.bases == (2,)
+
+
+def test_a_base_in_another_dtype_with_equal_bytes():
+    raw = as_dtype(numbers(), Dtype.F32)
+    choice = choose(raw, Dtype.F32, (Dtype.U8, raw), (Dtype.BF16, raw), (Dtype.U32, raw))
+    assert choice.encoding.size <= encode_solo(raw, Dtype.F32, zstd_level=3).size
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.999])
+def test_a_base_that_covers_a_part(share):
+    raw = as_dtype(numbers(COUNT), Dtype.F32)
+    base = nudged(raw, Dtype.F32, share=0.1)[: int(share * len(raw))]
+    choice = choose(raw, Dtype.F32, (Dtype.F32, base))
+    solo = encode_solo(raw, Dtype.F32, zstd_level=3).size
+    assert choice.encoding.size <= solo
+    if share > 0.5:
+        assert choice.encoding.size <= solo * (1.05 - share)
+
+
+def test_a_base_that_is_longer():
+    base = as_dtype(numbers(COUNT), Dtype.F32)
+    raw = nudged(base[:70_001], Dtype.F32, share=0.1) + b"\1"
+    choice = choose(raw, Dtype.F32, (Dtype.F32, base))
+    assert choice.encoding.size <= 0.1 * len(raw)
+
+
+@EVERY_LEVEL
+def test_constants_stay_constants(level):
+    raw = bytes(40_000)
+    base = as_dtype(numbers(10_000), Dtype.F32)
+    assert choose(raw, Dtype.F32, (Dtype.F32, base), level=level).encoding.size <= 16
+
+
+@pytest.mark.parametrize("dtype", [Dtype.F32, Dtype.BF16, Dtype.F64, Dtype.U8, Dtype.I8], ids=names)
+def test_tiny_fragments(dtype):
+    for size in range(20):
+        raw = bytes(range(size))
+        for base_dtype in {dtype, Dtype.F32, Dtype.BF16}:
+            for base_size in (1, 3, 8, 200):
+                choose(raw, dtype, (base_dtype, bytes(base_size)))
+
+
+@settings(max_examples=60)
+@given(
+    raw=st.binary(min_size=1, max_size=120),
+    bases=st.lists(
+        st.tuples(st.sampled_from(list(Dtype)), st.binary(min_size=1, max_size=150)), max_size=4
+    ),
+    dtype=st.sampled_from(list(Dtype)),
+    level=st.sampled_from(list(Level)),
+)
+def test_any_candidates_of_any_bytes(raw, bases, dtype, level):
+    choose(raw, dtype, *bases, level=level)
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FA12345, 0xFF812345])
+def test_signaling_nans_raise_no_warning_in_a_fit(bits):
+    a, b = (numbers(seed=s).astype("<f4") for s in (1, 2))
+    words = [x.view("<u4").copy() for x in (a * np.float32(0.5) + b * np.float32(0.5), a, b)]
+    for column in words:
+        column[5] = bits
+    found = fit_blend(words[0], Dtype.F32, [(column, Dtype.F32) for column in words[1:]])
+    assert found.coefficients == (0.5, 0.5)
+
+
+@EVERY_LEVEL
+def test_special_values_everywhere(level):
+    for dtype in FLOATS:
+        raws = [with_specials(as_dtype(numbers(seed=s), dtype), dtype, s) for s in range(4)]
+        merged = as_dtype(numbers(seed=1) / 2 + numbers(seed=2) / 2, dtype)
+        choose(with_specials(merged, dtype), dtype, *((dtype, raw) for raw in raws), level=level)
+
+
+@pytest.mark.slow
+def test_the_largest_fragment():
+    values = numbers(1 << 21)
+    base = as_dtype(values, Dtype.F64)
+    raw = nudged(base, Dtype.F64, share=0.1)
+    assert choose(raw, Dtype.F64, (Dtype.F64, base)).encoding.size < 0.1 * len(raw)

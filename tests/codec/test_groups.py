@@ -1,0 +1,325 @@
+"""Grouping, the compiled loops and what stands in for them."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fragfs.codec import floats
+from fragfs.codec import groups as module
+from fragfs.codec.groups import (
+    GROUPS_MAX,
+    Groups,
+    join_groups,
+    key_field,
+    plan_groups,
+    split_groups,
+)
+from fragfs.errors import FormatError
+from fragfs.types import Dtype
+from tests.codec.families import EVERY_KIND, as_dtype, nudged, numbers, words_of
+
+KEYED = [dtype for dtype in EVERY_KIND if key_field(dtype)[1]]
+WIDTHS = {1: Dtype.F8_E4M3, 2: Dtype.BF16, 4: Dtype.F32, 8: Dtype.F64}
+compiled = pytest.mark.skipif(
+    module._kernels is None, reason="fragfs.codec._kernels is not compiled here"
+)
+
+
+def names(value):
+    return getattr(value, "name", value)
+
+
+def weights(dtype, count=20_000, seed=0):
+    return words_of(as_dtype(numbers(count, seed), dtype), dtype)
+
+
+def reference_split(words, prediction, groups, dtype):
+    shift, mask = key_field(dtype)
+    keys = [word >> shift & mask for word in prediction.tolist()]
+    found = []
+    first = 0
+    for last in groups.last_keys:
+        found += [i for i, key in enumerate(keys) if first <= key <= last]
+        first = last + 1
+    return (words - prediction)[found]
+
+
+def test_the_compiled_loops_are_used_where_they_can_be_imported():
+    is_built = importlib.util.find_spec("fragfs.codec._kernels") is not None
+    assert (module._kernels is not None) == (is_built and sys.byteorder == "little")
+    assert floats._kernels is module._kernels
+
+
+@pytest.mark.parametrize("dtype", EVERY_KIND, ids=names)
+def test_split_and_join(dtype, kernels):
+    prediction = weights(dtype)
+    words = words_of(nudged(prediction.tobytes(), dtype, step=50), dtype)
+    groups = plan_groups(prediction, dtype)
+    assert sum(groups.sizes) == words.size
+    split = split_groups(words, prediction, groups, dtype)
+    assert np.array_equal(split, reference_split(words, prediction, groups, dtype))
+    assert np.array_equal(join_groups(split, prediction, groups, dtype), words)
+
+
+@pytest.mark.parametrize("dtype", KEYED, ids=names)
+def test_plans(dtype, kernels):
+    groups = plan_groups(weights(dtype), dtype)
+    assert 1 <= len(groups.sizes) <= GROUPS_MAX
+    assert groups.last_keys[-1] == 255
+    assert list(groups.last_keys) == sorted(set(groups.last_keys))
+    assert min(groups.sizes) >= 1
+    if dtype is not Dtype.F8_E8M0:
+        assert len(groups.sizes) > 1
+
+
+def test_both_kernels_plan_the_same(monkeypatch):
+    for dtype in EVERY_KIND:
+        expected = plan_groups(weights(dtype), dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_kernels", None)
+            assert plan_groups(weights(dtype), dtype) == expected
+
+
+@pytest.mark.parametrize(
+    "dtype", [Dtype.U8, Dtype.I16, Dtype.BYTES, Dtype.U64, Dtype.F4], ids=names
+)
+def test_what_has_no_exponent_is_one_group(dtype):
+    assert plan_groups(weights(dtype), dtype) == Groups((255,), (20_000,))
+
+
+def test_few_words_are_one_group(kernels):
+    for count in (1, 2, 4095):
+        assert plan_groups(weights(Dtype.BF16, count), Dtype.BF16) == Groups((255,), (count,))
+
+
+def test_an_exponent_for_every_word(kernels):
+    spread = np.arange(1 << 18, dtype=np.uint32).astype("<u2")
+    groups = plan_groups(spread, Dtype.BF16)
+    assert len(groups.sizes) <= GROUPS_MAX
+    split = split_groups(spread, spread, groups, Dtype.BF16)
+    assert not split.any()
+
+
+def test_one_exponent_only(kernels):
+    same = np.full(10_000, 0x3F80, "<u2")
+    assert plan_groups(same, Dtype.BF16) == Groups((255,), (10_000,))
+    largest = np.full(10_000, 0x7F80, "<u2")
+    assert plan_groups(largest, Dtype.BF16) == Groups((255,), (10_000,))
+
+
+def test_keys_by_hand():
+    assert key_field(Dtype.BF16) == (7, 255)
+    assert key_field(Dtype.F16) == (10, 31)
+    assert key_field(Dtype.F32) == (23, 255)
+    assert key_field(Dtype.F64) == (52, 255)
+    assert key_field(Dtype.C64) == (23, 255)
+    assert key_field(Dtype.F8_E4M3) == (3, 15)
+    assert key_field(Dtype.U8)[1] == key_field(Dtype.BYTES)[1] == key_field(Dtype.F4)[1] == 0
+
+
+def test_lookup():
+    table = Groups((3, 7, 255), (1, 1, 1)).lookup()
+    assert table.tolist() == [0] * 4 + [1] * 4 + [2] * 248
+
+
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    dtype=st.sampled_from(KEYED),
+    count=st.integers(1, 60),
+    seed=st.integers(0, 1000),
+)
+def test_any_groups_of_any_words(data, dtype, count, seed):
+    rng = np.random.default_rng(seed)
+    kind = weights(dtype, 8).dtype
+    prediction = np.frombuffer(rng.bytes(count * kind.itemsize), kind)
+    words = np.frombuffer(rng.bytes(count * kind.itemsize), kind)
+    shift, mask = key_field(dtype)
+    last_keys = sorted({*data.draw(st.lists(st.integers(0, 254), max_size=5)), 255})
+    keys = (prediction >> kind.type(shift)) & kind.type(mask)
+    sizes = np.diff(
+        [0, *(int(np.count_nonzero(keys <= kind.type(last))) for last in last_keys)]
+    ).tolist()
+    groups = Groups(tuple(last_keys), tuple(sizes))
+    expected = reference_split(words, prediction, groups, dtype)
+    for kernels in (module._kernels, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_kernels", kernels)
+            split = split_groups(words, prediction, groups, dtype)
+            assert np.array_equal(split, expected)
+            assert np.array_equal(join_groups(split, prediction, groups, dtype), words)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS.values(), ids=names)
+def test_groups_of_another_prediction_are_refused(dtype, kernels):
+    prediction = weights(dtype)
+    groups = plan_groups(prediction, dtype)
+    split = split_groups(prediction, prediction, groups, dtype)
+    sizes = list(groups.sizes)
+    sizes[0], sizes[1] = sizes[0] - 1, sizes[1] + 1
+    for wrong in (sizes, sizes[::-1]):
+        with pytest.raises(FormatError):
+            join_groups(split, prediction, Groups(groups.last_keys, tuple(wrong)), dtype)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS.values(), ids=names)
+def test_words_that_lie_across_their_natural_places(dtype, kernels):
+    prediction = weights(dtype, 5000)
+    words = words_of(nudged(prediction.tobytes(), dtype, step=50), dtype)
+    groups = plan_groups(prediction, dtype)
+    split = split_groups(words, prediction, groups, dtype)
+    for skip in range(1, 8):
+        moved = [
+            np.frombuffer(bytes(skip) + x.tobytes(), x.dtype, offset=skip)
+            for x in (words, prediction, split)
+        ]
+        assert plan_groups(moved[1], dtype) == groups
+        assert np.array_equal(split_groups(moved[0], moved[1], groups, dtype), split)
+        assert np.array_equal(join_groups(moved[2], moved[1], groups, dtype), words)
+
+
+# --- the compiled module by itself: wrong arguments are errors, never writes
+
+
+@pytest.fixture
+def kernel_arguments():
+    """Valid arguments of split and join for 2-byte words in two groups."""
+    prediction = np.arange(100, dtype="<u2") << np.uint16(7)
+    return {
+        "width": 2,
+        "words": np.arange(100, dtype="<u2"),
+        "prediction": prediction,
+        "lookup": Groups((49, 255), (50, 50)).lookup(),
+        "sizes": np.array([50, 50], np.uint32),
+        "out": np.zeros(100, "<u2"),
+        "shift": 7,
+        "mask": 255,
+    }
+
+
+@compiled
+class TestKernelArguments:
+    def call(self, name, arguments):
+        getattr(module._kernels, name)(*arguments.values())
+
+    @pytest.mark.parametrize("name", ["split", "join"])
+    def test_valid_ones(self, name, kernel_arguments):
+        self.call(name, kernel_arguments)
+
+    @pytest.mark.parametrize("name", ["split", "join"])
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"width": 0},
+            {"width": 3},
+            {"width": 16},
+            {"width": 0xFFFFFFFF},
+            {"width": 4},
+            {"words": np.zeros(99, "<u2")},
+            {"words": np.zeros(101, "<u2")},
+            {"words": np.zeros(0, "<u2")},
+            {"prediction": np.zeros(99, "<u2")},
+            {"prediction": np.zeros(200, "u1")[1:]},
+            {"out": np.zeros(99, "<u2")},
+            {"out": np.zeros(0, "<u2")},
+            {"lookup": np.zeros(255, np.uint8)},
+            {"lookup": np.zeros(257, np.uint8)},
+            {"lookup": np.zeros(0, np.uint8)},
+            {"lookup": np.full(256, 255, np.uint8)},
+            {"lookup": np.full(256, 2, np.uint8)},
+            {"lookup": np.zeros(256, np.uint8)},
+            {"lookup": np.ones(256, np.uint8)},
+            {"sizes": np.zeros(0, np.uint32)},
+            {"sizes": np.array([50, 49], np.uint32)},
+            {"sizes": np.array([50, 51], np.uint32)},
+            {"sizes": np.array([49, 51], np.uint32)},
+            {"sizes": np.array([100, 0], np.uint32)},
+            {"sizes": np.array([0xFFFFFFFF, 101], np.uint32)},
+            {"sizes": np.array([50, 0xFFFFFFFF, 51], np.uint32)},
+            {"sizes": np.full(257, 1, np.uint32)},
+            {"sizes": np.zeros(1000, np.uint32)},
+            {"sizes": np.zeros(3, np.uint8)},
+            {"shift": 16},
+            {"shift": 64},
+            {"shift": 0xFFFFFFFF},
+            {"mask": 256},
+            {"mask": 0xFFFFFFFF},
+            {"mask": 0},
+        ],
+        ids=lambda wrong: next(iter(wrong)) if isinstance(wrong, dict) else wrong,
+    )
+    def test_wrong_ones(self, name, wrong, kernel_arguments):
+        with pytest.raises((ValueError, OverflowError)):
+            self.call(name, kernel_arguments | wrong)
+
+    @pytest.mark.parametrize("name", ["split", "join"])
+    @pytest.mark.parametrize("key", ["words", "prediction", "lookup", "sizes", "out"])
+    def test_wrong_kinds(self, name, key, kernel_arguments):
+        for wrong in (None, "text", 7, np.zeros((200, 2), np.uint8)[:, 0]):
+            with pytest.raises((TypeError, ValueError, BufferError)):
+                self.call(name, kernel_arguments | {key: wrong})
+
+    @pytest.mark.parametrize("name", ["split", "join"])
+    def test_an_output_that_may_not_be_written(self, name, kernel_arguments):
+        frozen = kernel_arguments["out"].copy()
+        frozen.flags.writeable = False
+        for wrong in (frozen, bytes(200)):
+            with pytest.raises((TypeError, ValueError, BufferError)):
+                self.call(name, kernel_arguments | {"out": wrong})
+
+    @pytest.mark.parametrize("name", ["split", "join"])
+    def test_no_words(self, name, kernel_arguments):
+        none = np.zeros(0, "<u2")
+        empty = {"words": none, "prediction": none, "out": none, "sizes": np.zeros(1, np.uint32)}
+        self.call(name, kernel_arguments | empty)
+
+    @pytest.mark.parametrize("name", ["split", "join"])
+    def test_a_group_that_runs_over_writes_nothing_outside(self, name, kernel_arguments):
+        around = np.full(300, 0xABCD, "<u2")
+        wrong = {"out": around[100:200], "lookup": np.full(256, 1, np.uint8)}
+        with pytest.raises(ValueError, match="more words than it should"):
+            self.call(name, kernel_arguments | wrong)
+        assert (around[:100] == 0xABCD).all()
+        assert (around[200:] == 0xABCD).all()
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"width": 3},
+            {"words": np.zeros(5, np.uint8)},
+            {"out": np.zeros(255, np.uint32)},
+            {"out": np.zeros(257, np.uint32)},
+            {"out": np.zeros(0, np.uint32)},
+            {"shift": 16},
+            {"mask": 256},
+            {"mask": 0xFFFFFFFF},
+        ],
+        ids=lambda wrong: next(iter(wrong)),
+    )
+    def test_wrong_arguments_of_counting(self, wrong):
+        arguments = {
+            "width": 2,
+            "words": np.arange(100, dtype="<u2"),
+            "out": np.zeros(256, np.uint32),
+            "shift": 7,
+            "mask": 255,
+        }
+        self.call("count_keys", arguments)
+        with pytest.raises(ValueError, match="fit each other"):
+            self.call("count_keys", arguments | wrong)
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 1001])
+    def test_counting(self, width, count):
+        words = np.frombuffer(np.random.default_rng(count).bytes(count * width), f"<u{width}")
+        shift, mask = key_field(WIDTHS[width])
+        out = np.full(256, 77, np.uint32)
+        module._kernels.count_keys(width, words, out, shift, mask)
+        expected = [0] * 256
+        for word in words.tolist():
+            expected[word >> shift & mask] += 1
+        assert out.tolist() == expected
