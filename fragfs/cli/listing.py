@@ -23,6 +23,9 @@ from fragfs.types import LIBRARY_FORMAT_VERSION, FileEntry, LibraryStats, ModelI
 
 __all__ = ["ls_command", "stats_command"]
 
+_LISTED_MAX = 8
+_NO_MODEL = "(no model any more)"
+
 
 @click.command(
     "ls",
@@ -140,7 +143,8 @@ def stats_command(session: Session, model: str | None, as_json: bool) -> None:
 
     Without MODEL, of the whole library. All figures are recomputed from the catalog. "Unique" is
     what is left once every distinct piece counts once; "stored" is what those pieces take in the
-    packs.
+    packs. "Predicted" says which models the pieces are stored as differences to; 'fragfs explain'
+    tells more of a model.
     """
     name = os.fsencode(model).rstrip(b"/") if model else None
     with session.open_library() as library:
@@ -178,12 +182,34 @@ def _stats_lines(stats: LibraryStats, *, whole_library: bool) -> list[str]:
             f"{stats.shared_fragment_count:,} needed by several models",
         )
     )
+    if not whole_library:
+        rows.append(
+            (
+                "exclusive",
+                format_bytes(stats.exclusive_bytes),
+                "needed by no other model, with bases",
+            )
+        )
+    rows.append(("shared", format_bytes(stats.shared_bytes), "needed by several models"))
+    if stats.base_bytes:
+        rows.append(
+            ("bases", format_bytes(stats.base_bytes), "in none of the files, needed to read them")
+        )
+    ranked = sorted(stats.predicted_bytes.items(), key=lambda item: -item[1])
+    rows += [
+        ("predicted", format_bytes(size), f"from {show_name(os.fsencode(name)) or _NO_MODEL}")
+        for name, size in ranked[:_LISTED_MAX]
+    ]
+    if len(ranked) > _LISTED_MAX:
+        rows.append(("predicted", "", f"from {len(ranked) - _LISTED_MAX:,} more; see --json"))
     if whole_library:
         rows.append(("on disk", format_bytes(stats.disk_bytes), "the library's directory"))
         if stats.unreferenced_bytes:
             rows.append(
-                ("unused", format_bytes(stats.unreferenced_bytes), "needed by no model any more")
+                (
+                    "unused",
+                    format_bytes(stats.unreferenced_bytes),
+                    "needed by no model any more; free them with: fragfs optimize",
+                )
             )
-    else:
-        rows.append(("exclusive", format_bytes(stats.exclusive_bytes), "stored for no other model"))
     return format_table(rows, "lll")

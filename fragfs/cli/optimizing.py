@@ -36,13 +36,20 @@ def optimize_command(
     """Plan again what is predicted from what, for space.
 
     Adding predicts a model from what was there before it. This looks at all models together, so
-    that the order of adding hardly matters, and gives back the space of replaced records. Mounts
-    and readers may stay. It can be interrupted at any moment; the next run finds the rest.
+    that the order of adding hardly matters, and gives back the space of replaced records and of
+    what no model needs any more. Mounts and readers may stay, and keep open what was removed: such
+    space is given back when none are left. It can be interrupted at any moment; the next run finds
+    the rest.
     """
     from fragfs.cli.progress import show_progress
 
     with session.open_library() as library, show_progress(session) as progress:
         report = library.optimize(level, progress, workers)
+    if report.leased_bytes:
+        remark(
+            f"fragfs: warning: {format_bytes(report.leased_bytes)} that no model needs stay for now:"
+            " the library is mounted, or something is being added; unmount it and run this again"
+        )
     for pack, why in report.kept:
         remark(f"fragfs: warning: pack {pack} was left as it is: {why}")
     if as_json:
@@ -53,6 +60,7 @@ def optimize_command(
                 "before_bytes": report.before_bytes,
                 "after_bytes": report.after_bytes,
                 "freed_bytes": report.freed_bytes,
+                "leased_bytes": report.leased_bytes,
                 "kept_packs": [{"pack": pack, "why": why} for pack, why in report.kept],
             }
         )

@@ -64,6 +64,21 @@ typedef struct {
         }                                                                                          \
         return 0;                                                                                  \
     }                                                                                              \
+    static size_t patch_##word(word *restrict values, size_t count, word marker,                   \
+                               const word *restrict replacements, size_t replacement_count)        \
+    {                                                                                              \
+        size_t used = 0, i = 0;                                                                    \
+        /* Without a branch for each value: markers come at random, one in ten or so. */           \
+        for (; i < count && used < replacement_count; i++) {                                       \
+            word replacement = replacements[used];                                                 \
+            int is_marker = values[i] == marker;                                                   \
+            values[i] = is_marker ? replacement : values[i];                                       \
+            used += (size_t)is_marker;                                                             \
+        }                                                                                          \
+        for (; i < count; i++)                                                                     \
+            used += values[i] == marker;                                                           \
+        return used;                                                                               \
+    }                                                                                              \
     static void count_##word(const word *words, size_t count, unsigned shift, unsigned mask,       \
                              uint32_t (*tables)[256])                                              \
     {                                                                                              \
@@ -191,6 +206,37 @@ done:
     return result;
 }
 
+static PyObject *patch(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer values, replacements;
+    unsigned width;
+    unsigned long long marker;
+    if (!PyArg_ParseTuple(args, "Iw*Ky*", &width, &values, &marker, &replacements))
+        return NULL;
+    PyObject *result = NULL;
+    size_t used = 0;
+    if ((width != 1 && width != 2 && width != 4 && width != 8) || (size_t)values.len % width ||
+        (size_t)replacements.len % width) {
+        PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
+        goto done;
+    }
+    size_t count = (size_t)values.len / width, given = (size_t)replacements.len / width;
+    Py_BEGIN_ALLOW_THREADS;
+    switch (width) {
+    case 1: used = patch_uint8_t(values.buf, count, (uint8_t)marker, replacements.buf, given); break;
+    case 2: used = patch_uint16_t(values.buf, count, (uint16_t)marker, replacements.buf, given); break;
+    case 4: used = patch_uint32_t(values.buf, count, (uint32_t)marker, replacements.buf, given); break;
+    default: used = patch_uint64_t(values.buf, count, (uint64_t)marker, replacements.buf, given); break;
+    }
+    Py_END_ALLOW_THREADS;
+    result = PyLong_FromSize_t(used);
+done:
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&replacements);
+    return result;
+}
+
 /* Second: conversions between float formats, as floats.py describes them. */
 
 static inline float as_float(uint32_t bits)
@@ -253,6 +299,13 @@ DEFINE_NARROW(f16, uint16_t, 10, 15, 0x7bffu)
 DEFINE_NARROW(e4m3, uint8_t, 3, 7, 0x7eu)
 DEFINE_NARROW(e5m2, uint8_t, 2, 15, 0x7bu)
 
+/* Infinities and NaNs, whose bits machines may choose, become 0. */
+VECTOR_LOOP static void clear_special(uint32_t *bits, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        bits[i] = (bits[i] & 0x7f800000u) == 0x7f800000u ? 0 : bits[i];
+}
+
 /* total (+)= in * coefficient, where numbers too small to be safe from flushing count as zero. */
 VECTOR_LOOP static void add_scaled(const uint32_t *restrict in, size_t count, float coefficient,
                                    int first, float *restrict total)
@@ -264,85 +317,115 @@ VECTOR_LOOP static void add_scaled(const uint32_t *restrict in, size_t count, fl
     }
 }
 
-enum Format { FORMAT_BF16, FORMAT_F16, FORMAT_E4M3, FORMAT_E5M2 };
+enum Format { FORMAT_BF16, FORMAT_F16, FORMAT_E4M3, FORMAT_E5M2, FORMAT_F32 };
+enum { INPUTS_MAX = 3, BLOCK = 2048 };
 
-static PyObject *convert(PyObject *args, int widening)
+static size_t format_size(unsigned format)
 {
-    Py_buffer in, out;
+    return format == FORMAT_F32 ? 4 : format <= FORMAT_F16 ? 2 : 1;
+}
+
+typedef struct {
+    Py_buffer buffer;
     unsigned format;
-    if (!PyArg_ParseTuple(args, "Iy*w*", &format, &in, &out))
+    float coefficient;
+} Input;
+
+static void widen_block(const Input *input, size_t start, size_t count, uint32_t *out)
+{
+    const char *from = (const char *)input->buffer.buf + start * format_size(input->format);
+    if (input->format == FORMAT_BF16)
+        widen_bf16((const uint16_t *)from, count, out);
+    else if (input->format == FORMAT_F16)
+        widen_f16((const uint16_t *)from, count, out);
+    else
+        memcpy(out, from, 4 * count);
+}
+
+static void narrow_block(const uint32_t *in, size_t count, unsigned format, char *out)
+{
+    switch (format) {
+    case FORMAT_BF16: narrow_bf16(in, count, (uint16_t *)out); break;
+    case FORMAT_F16: narrow_f16(in, count, (uint16_t *)out); break;
+    case FORMAT_E4M3: narrow_e4m3(in, count, (uint8_t *)out); break;
+    case FORMAT_E5M2: narrow_e5m2(in, count, (uint8_t *)out); break;
+    default: memcpy(out, in, 4 * count); break;
+    }
+}
+
+/* Block by block, so that all but inputs and output stays in the first-level cache. One input without
+ * scaling is a cast. */
+static void convert_all(const Input *inputs, size_t input_count, int scaled, unsigned format,
+                        size_t count, char *out)
+{
+    uint32_t wide[BLOCK], total[BLOCK];
+    for (size_t start = 0; start < count; start += BLOCK) {
+        size_t size = count - start < BLOCK ? count - start : BLOCK;
+        for (size_t i = 0; i < input_count; i++) {
+            widen_block(&inputs[i], start, size, wide);
+            if (scaled)
+                add_scaled(wide, size, inputs[i].coefficient, i == 0, (float *)total);
+        }
+        if (scaled)
+            clear_special(total, size);
+        narrow_block(scaled ? total : wide, size, format, out + start * format_size(format));
+    }
+}
+
+static PyObject *convert(PyObject *self, PyObject *args)
+{
+    (void)self;
+    PyObject *sequence;
+    unsigned format;
+    int scaled;
+    Py_buffer out;
+    if (!PyArg_ParseTuple(args, "OpIw*", &sequence, &scaled, &format, &out))
         return NULL;
     PyObject *result = NULL;
-    const Py_buffer *wide = widening ? &out : &in, *narrow = widening ? &in : &out;
-    size_t width = format == FORMAT_BF16 || format == FORMAT_F16 ? 2 : 1;
-    size_t count = (size_t)narrow->len / width;
-    if (format > FORMAT_E5M2 || (widening && width == 1) || (size_t)narrow->len % width ||
-        (size_t)wide->len != 4 * count) {
+    Input inputs[INPUTS_MAX];
+    Py_ssize_t opened = 0, input_count = PySequence_Size(sequence);
+    if (input_count < 1 || input_count > INPUTS_MAX || format > FORMAT_F32 ||
+        (size_t)out.len % format_size(format)) {
         PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
         goto done;
     }
+    size_t count = (size_t)out.len / format_size(format);
+    for (; opened < input_count; opened++) {
+        Input *input = &inputs[opened];
+        PyObject *item = PySequence_GetItem(sequence, opened);
+        int parsed = item && PyArg_ParseTuple(item, "Iy*f", &input->format, &input->buffer,
+                                              &input->coefficient);
+        Py_XDECREF(item);
+        if (!parsed)
+            goto done;
+        if ((input->format > FORMAT_F16 && input->format != FORMAT_F32) ||
+            (size_t)input->buffer.len != count * format_size(input->format)) {
+            PyBuffer_Release(&input->buffer);
+            PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
+            goto done;
+        }
+    }
     Py_BEGIN_ALLOW_THREADS;
-    if (widening)
-        (format == FORMAT_BF16 ? widen_bf16 : widen_f16)(in.buf, count, out.buf);
-    else if (format == FORMAT_BF16)
-        narrow_bf16(in.buf, count, out.buf);
-    else if (format == FORMAT_F16)
-        narrow_f16(in.buf, count, out.buf);
-    else
-        (format == FORMAT_E4M3 ? narrow_e4m3 : narrow_e5m2)(in.buf, count, out.buf);
+    convert_all(inputs, (size_t)input_count, scaled, format, count, out.buf);
     Py_END_ALLOW_THREADS;
     result = Py_NewRef(Py_None);
 done:
-    PyBuffer_Release(&in);
+    while (opened > 0)
+        PyBuffer_Release(&inputs[--opened].buffer);
     PyBuffer_Release(&out);
     return result;
 }
 
-static PyObject *widen(PyObject *self, PyObject *args)
-{
-    (void)self;
-    return convert(args, 1);
-}
-
-static PyObject *narrow(PyObject *self, PyObject *args)
-{
-    (void)self;
-    return convert(args, 0);
-}
-
-static PyObject *scale(PyObject *self, PyObject *args)
-{
-    (void)self;
-    Py_buffer in, total;
-    float coefficient;
-    int first;
-    if (!PyArg_ParseTuple(args, "y*fpw*", &in, &coefficient, &first, &total))
-        return NULL;
-    PyObject *result = NULL;
-    if (in.len != total.len || in.len % 4) {
-        PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
-        goto done;
-    }
-    Py_BEGIN_ALLOW_THREADS;
-    add_scaled(in.buf, (size_t)in.len / 4, coefficient, first, total.buf);
-    Py_END_ALLOW_THREADS;
-    result = Py_NewRef(Py_None);
-done:
-    PyBuffer_Release(&in);
-    PyBuffer_Release(&total);
-    return result;
-}
-
 static PyMethodDef methods[] = {
-    {"widen", widen, METH_VARARGS, "widen(format, words, out): f32 of bf16 (0) or f16 (1)"},
-    {"narrow", narrow, METH_VARARGS,
-     "narrow(format, floats, out): bf16 (0), f16 (1), f8_e4m3 (2) or f8_e5m2 (3) of f32"},
-    {"scale", scale, METH_VARARGS,
-     "scale(floats, coefficient, first, total): total = or += floats * coefficient"},
+    {"convert", convert, METH_VARARGS,
+     "convert(inputs, scaled, format, out): the sum of inputs, each (format, words, coefficient), or"
+     " one input as it is; formats: bf16 0, f16 1, f8_e4m3 2, f8_e5m2 3 (of out only), f32 4"},
     {"split", split, METH_VARARGS,
      "split(width, values, prediction, lookup, sizes, out, shift, mask): values - prediction, by group"},
     {"join", join, METH_VARARGS,
      "join(width, residual, prediction, lookup, sizes, out, shift, mask): undo split"},
+    {"patch", patch, METH_VARARGS,
+     "patch(width, values, marker, replacements): put them where the marker is; counts markers"},
     {"count_keys", count_keys, METH_VARARGS,
      "count_keys(width, words, out, shift, mask): how many words have each key"},
     {NULL, NULL, 0, NULL},

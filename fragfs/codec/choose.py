@@ -318,7 +318,7 @@ def _try_singles(
             continue
         count = covered_words(view, dtype, [(candidate.raw, candidate.dtype)])
         # A base that covers a small part of a fragment saves no more than that part.
-        if count * unit_size(dtype) < len(view) // 4:
+        if not count or count * unit_size(dtype) < len(view) // 4:
             continue
         if prediction.predictor is Predictor.QUANTIZE:
             prediction = _fit_scales(view, dtype, candidate, count, rows)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fragfs.codec.kernels import find_kernels
 from fragfs.types import Dtype
 
-__all__ = ["FLOATS", "blend", "narrow", "quantize", "widen", "word_type"]
+__all__ = ["FLOATS", "blend", "convert", "narrow", "quantize", "widen", "word_type"]
 
 Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
 Floats: TypeAlias = NDArray[np.float32]
@@ -33,9 +33,13 @@ _TINY_EXPONENT = 64
 least 2**-20 and their sums are then never denormal, so flushing cannot change them."""
 
 _kernels = find_kernels()
-_WIDENED = {Dtype.BF16: 0, Dtype.F16: 1}
-_NARROWED = {Dtype.BF16: 0, Dtype.F16: 1, Dtype.F8_E4M3: 2, Dtype.F8_E5M2: 3}
-"""What the kernels call the formats that they convert from, and to."""
+_FORMATS = {Dtype.BF16: 0, Dtype.F16: 1, Dtype.F8_E4M3: 2, Dtype.F8_E5M2: 3, Dtype.F32: 4}
+"""What the kernels call the formats."""
+_WIDENED = (Dtype.BF16, Dtype.F16, Dtype.F32)
+"""The formats that the kernels read; they write all."""
+
+_BLOCK_WORDS = 1 << 15
+"""Words converted at a time without the kernels: temporaries fit the second-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,41 @@ def word_type(dtype: Dtype) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype(f"<u{dtype.bits // 8}")
 
 
+def convert(
+    inputs: Sequence[Words],
+    formats: Sequence[Dtype],
+    coefficients: Sequence[float] | None,
+    dtype: Dtype,
+) -> Words:
+    """The sum of each input times its coefficient, or one input as it is, as words of a dtype.
+
+    Args:
+        inputs: Bit patterns, contiguous, all of one size.
+        formats: How each reads; of FLOATS.
+        coefficients: One f32 for each input; None for one input as it is.
+        dtype: What to convert to; of FLOATS.
+
+    Returns:
+        Bit patterns of `dtype`, in fresh memory.
+    """
+    count = inputs[0].size
+    out: Words = np.empty(count, word_type(dtype))
+    factors = [1.0] if coefficients is None else coefficients
+    if _kernels is not None and all(known in _WIDENED for known in formats):
+        given = [
+            (_FORMATS[known], words, factor)
+            for known, words, factor in zip(formats, inputs, factors, strict=True)
+        ]
+        _kernels.convert(given, coefficients is not None, _FORMATS[dtype], out)
+        return out
+    for start in range(0, count, _BLOCK_WORDS):
+        part = slice(start, start + _BLOCK_WORDS)
+        floats = [widen(words[part], known) for words, known in zip(inputs, formats, strict=True)]
+        total = floats[0] if coefficients is None else blend(floats, coefficients)
+        out[part] = narrow(total, dtype)
+    return out
+
+
 def widen(words: Words, dtype: Dtype) -> Floats:
     """Exactly the same numbers as f32.
 
@@ -90,10 +129,6 @@ def widen(words: Words, dtype: Dtype) -> Floats:
     Returns:
         float32, of fresh memory; for F32 a view.
     """
-    if _kernels is not None and dtype in _WIDENED:
-        converted: Floats = np.empty(words.size, "<f4")
-        _kernels.widen(_WIDENED[dtype], words, converted)
-        return converted
     match dtype:
         case Dtype.F32:
             exact: Floats = words.view("<f4")
@@ -133,8 +168,7 @@ def _small_table(dtype: Dtype) -> Floats:
     exponents = (codes & 0x7F) >> small.mantissa
     fractions = (codes & ((1 << small.mantissa) - 1)).astype(np.float64)
     leading = np.where(exponents > 0, 1 << small.mantissa, 0)
-    scale = np.exp2(np.maximum(exponents, 1) - small.bias - small.mantissa)
-    values = (leading + fractions) * scale
+    values = np.ldexp(leading + fractions, np.maximum(exponents, 1) - small.bias - small.mantissa)
     table: Floats = np.where(codes & 0x80, -values, values).astype("<f4")
     return table
 
@@ -153,10 +187,6 @@ def narrow(floats: Floats, dtype: Dtype) -> Words:
         Bit patterns of `dtype`, of fresh memory; for F32 a view.
     """
     bits: Words = floats.view("<u4")
-    if _kernels is not None and dtype in _NARROWED:
-        converted: Words = np.empty(floats.size, word_type(dtype))
-        _kernels.narrow(_NARROWED[dtype], floats, converted)
-        return converted
     match dtype:
         case Dtype.F32:
             return bits
@@ -207,9 +237,6 @@ def blend(inputs: Sequence[Floats], coefficients: Sequence[float]) -> Floats:
     """
     total: Floats = np.empty(inputs[0].size, "<f4")
     for index, (floats, coefficient) in enumerate(zip(inputs, coefficients, strict=True)):
-        if _kernels is not None:
-            _kernels.scale(floats, coefficient, index == 0, total)
-            continue
         with np.errstate(all="ignore"):
             product = _without_tiny(floats) * np.float32(coefficient)
             np.add(total, product, out=total) if index else np.copyto(total, product)

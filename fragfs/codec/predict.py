@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fragfs.codec.floats import FLOATS, blend, narrow, quantize, widen, word_type
+from fragfs.codec.floats import FLOATS, convert, quantize, widen, word_type
 from fragfs.errors import FormatError
 from fragfs.types import FRAGMENT_BYTES_MAX, Dtype, Predictor
 
@@ -89,27 +89,22 @@ class Prediction:
         ]
         if self.predictor is Predictor.DELTA:
             return inputs[0]
+        if self.predictor is not Predictor.QUANTIZE:
+            coefficients = self.coefficients if self.predictor is Predictor.BLEND else None
+            return convert(inputs, self.dtypes, coefficients, dtype)
         out: Words = np.empty(count, word_type(dtype))
-        scales = self._scales(count) if self.predictor is Predictor.QUANTIZE else None
+        scales = self._scales(count)
         for start in range(0, count, _BLOCK_WORDS):
             part = slice(start, start + _BLOCK_WORDS)
-            floats = [
-                widen(words[part], base_dtype)
-                for words, base_dtype in zip(inputs, self.dtypes, strict=True)
-            ]
-            if scales is not None:
-                out[part] = quantize(floats[0], scales[part])
-            elif self.predictor is Predictor.CAST:
-                out[part] = narrow(floats[0], dtype)
-            else:
-                out[part] = narrow(blend(floats, self.coefficients), dtype)
+            out[part] = quantize(widen(inputs[0][part], self.dtypes[0]), scales[part])
         return out
 
     def _scales(self, count: int) -> Floats:
         if not self.row_words:
             return np.broadcast_to(self.scales, count)
-        repeats = np.full(self.scales.size, self.row_words)
-        repeats[0] = self.first_row_words
+        # Rows from a damaged file may be of any length: never more words than there are.
+        repeats = np.full(self.scales.size, min(self.row_words, count))
+        repeats[0] = min(self.first_row_words, count)
         return np.repeat(self.scales, repeats)[:count]
 
     def pack(self) -> bytes:
@@ -200,7 +195,9 @@ def _take(layout: struct.Struct, params: memoryview) -> tuple[tuple[Any, ...], m
 def _words(raw: memoryview, unit: int, count: int) -> Words:
     if len(raw) < unit * count or unit * count > FRAGMENT_BYTES_MAX:
         raise FormatError("a base is too short", expected=unit * count, actual=len(raw))
-    return np.frombuffer(raw, f"<u{unit}", count)
+    words: Words = np.frombuffer(raw, f"<u{unit}", count)
+    # A base stored RAW is a view of its record: its words may lie anywhere.
+    return words if words.flags.aligned else words.copy()
 
 
 # --- fitting, for writers only: nothing here needs to be the same everywhere

@@ -25,6 +25,7 @@ from fragfs.codec.groups import (
     plan_groups,
     split_groups,
 )
+from fragfs.codec.kernels import find_kernels
 from fragfs.codec.packing import (
     PACKED_BITS,
     escape_code,
@@ -64,6 +65,7 @@ _RAW_BITS = 7.7
 _PACKING_MARGIN = 1.01
 """How much better packed codes must look than planes: they take longer to encode."""
 
+_kernels = find_kernels()
 _memory = ScratchMemory()
 
 
@@ -306,7 +308,7 @@ def decode_residual(
     residual: Words = memory[: count * unit].view(prediction.dtype)
     room = memory[_round_up(count * unit) :]
     last_keys, sizes = [], []
-    escaped: list[tuple[int, NDArray[np.intp]]] = []
+    escaped: list[tuple[Words, int, int]] = []
     start = 0
     for _ in range(group_count):
         last_key, size, bits = reader.take(_GROUP)
@@ -319,8 +321,9 @@ def decode_residual(
             _read_planes(reader, values, room)
             np.subtract(values, values.dtype.type(_bias(unit)), out=values)
         elif bits in PACKED_BITS:
-            found = _read_codes(reader, values, bits, room)
-            escaped.append((start, found))
+            escape_count = _read_codes(reader, values, bits, room)
+            if escape_count:
+                escaped.append((values, bits, escape_count))
         else:
             raise FormatError("unknown form of a group", remedy=_UPGRADE, actual=bits)
         last_keys.append(last_key)
@@ -328,7 +331,8 @@ def decode_residual(
         start += size
     if start != count or last_keys != sorted(set(last_keys)) or last_keys[-1] != 255:
         raise FormatError("groups do not cover the words", expected=count, actual=start)
-    _read_escapes(reader, residual, escaped, room)
+    if escaped:
+        _read_escapes(reader, escaped, room)
     words = join_groups(residual, prediction, Groups(tuple(last_keys), tuple(sizes)), dtype)
     return words, reader.params, payload[reader.offset :]
 
@@ -378,10 +382,8 @@ def _round_up(size: int) -> int:
     return -(-size // 8) * 8
 
 
-def _read_codes(
-    reader: _Reader, values: Words, bits: int, room: NDArray[np.uint8]
-) -> NDArray[np.intp]:
-    """Fill `values` from packed codes; gives where escapes are."""
+def _read_codes(reader: _Reader, values: Words, bits: int, room: NDArray[np.uint8]) -> int:
+    """Fill `values` from packed codes; gives how many of them are escapes."""
     (escape_count,) = reader.take(_COUNT)
     method, stored = reader.stream()
     size = packed_size(values.size, bits)
@@ -399,30 +401,42 @@ def _read_codes(
         decompress_into(stored, packed.data)
     codes = room[: size * 8 // bits]
     unpack_codes(packed, bits, codes)
-    codes = codes[: values.size]
-    np.copyto(values, codes)
+    np.copyto(values, codes[: values.size])
     np.subtract(values, values.dtype.type(zero_code(bits)), out=values)
-    if not escape_count:
-        return np.zeros(0, np.intp)
-    found = np.flatnonzero(codes == escape_code(bits))
-    if found.size != escape_count:
-        raise FormatError("escapes are missing", expected=escape_count, actual=int(found.size))
-    return found
+    if escape_count > values.size:
+        raise FormatError("more escapes than residuals", actual=escape_count)
+    return escape_count
 
 
 def _read_escapes(
-    reader: _Reader,
-    residual: Words,
-    escaped: list[tuple[int, NDArray[np.intp]]],
-    room: NDArray[np.uint8],
+    reader: _Reader, escaped: list[tuple[Words, int, int]], room: NDArray[np.uint8]
 ) -> None:
-    total = sum(found.size for _, found in escaped)
-    if not total:
-        return
-    outside: Words = np.empty(total, residual.dtype)
+    """Put the residuals of escapes in their places.
+
+    Args:
+        reader: What to read them from.
+        escaped: Values of a group, bits of its codes, and how many escapes are among them.
+        room: As for `_read_planes`.
+    """
+    outside: Words = np.empty(sum(count for *_, count in escaped), escaped[0][0].dtype)
     _read_planes(reader, outside, room)
     np.subtract(outside, outside.dtype.type(_bias(outside.itemsize)), out=outside)
-    position = 0
-    for start, found in escaped:
-        residual[start + found] = outside[position : position + found.size]
-        position += found.size
+    start = 0
+    for values, bits, count in escaped:
+        # What an escape code became is what no other code stands for.
+        marker = escape_code(bits) - zero_code(bits)
+        found = _patch(values, marker, outside[start : start + count])
+        if found != count:
+            raise FormatError("escapes are missing", expected=count, actual=found)
+        start += count
+
+
+def _patch(values: Words, marker: int, replacements: Words) -> int:
+    """Put replacements where the marker is; gives how many markers there are."""
+    if _kernels is not None:
+        found: int = _kernels.patch(values.itemsize, values, marker, replacements)
+        return found
+    places = np.flatnonzero(values == values.dtype.type(marker))
+    if places.size == replacements.size:
+        values[places] = replacements
+    return int(places.size)

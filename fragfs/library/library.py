@@ -28,6 +28,7 @@ from fragfs.library.catalog import (
 )
 from fragfs.library.extents import ExtentMap, OpenContent
 from fragfs.library.files import Files, OsFiles
+from fragfs.library.lease import hold_lease, no_leases
 from fragfs.library.names import as_name, join, printable
 from fragfs.library.packs import PACKS_NAME, PackReader
 from fragfs.library.progress import NO_PROGRESS, Progress
@@ -425,7 +426,9 @@ class FragmentLibrary:
         )
         before = self._catalog.generation()
         try:
-            return adder.run(paths, options)
+            # Fragments are stored before a model names them: nobody shall drop them meanwhile.
+            with hold_lease(self.path):
+                return adder.run(paths, options)
         finally:
             if self._catalog.generation() != before:
                 self._publish_snapshot()
@@ -560,9 +563,27 @@ class FragmentLibrary:
         if report.changed_count:
             with self._writer.batch() as batch:
                 refresh_stored_bytes(batch, self._catalog)
+        leased_bytes = self._drop_unneeded()
         kept = compactor.run()
         freed_bytes = before - compactor.pack_bytes()
-        return replace(report, freed_bytes=freed_bytes, kept=kept)
+        return replace(report, freed_bytes=freed_bytes, kept=kept, leased_bytes=leased_bytes)
+
+    def _drop_unneeded(self) -> int:
+        """Drop what no model needs; gives the record bytes that must stay for now instead."""
+        from fragfs.library.stats import unneeded_fragments, unreferenced_bytes
+
+        with no_leases(self.path) as alone, self._writer.batch() as batch:
+            if not alone:
+                return unreferenced_bytes(self._catalog)
+            unneeded = unneeded_fragments(self._catalog).tolist()
+            if unneeded:
+                batch.drop_fragments(unneeded)
+                batch.commit()
+        return 0
+
+    def hold_lease(self) -> AbstractContextManager[None]:
+        """Keep what is open readable, whatever is removed: for as long as the context lasts."""
+        return hold_lease(self.path)
 
     def _quantized_rows(self) -> dict[FragmentId, Rows]:
         """How the fragments of quantized tensors lie in rows, read off the files' own headers."""

@@ -71,6 +71,7 @@ class OptimizeReport:
         before_bytes: Record bytes of all fragments before.
         after_bytes: And after.
         freed_bytes: By how much the packs shrank.
+        leased_bytes: Record bytes that no model needs and that stay for a mount or an add.
         kept: Packs that were left as they are because a record in them is damaged, and why.
     """
 
@@ -79,6 +80,7 @@ class OptimizeReport:
     before_bytes: int
     after_bytes: int
     freed_bytes: int = 0
+    leased_bytes: int = 0
     kept: tuple[tuple[int, str], ...] = ()
 
 

@@ -19,7 +19,7 @@ from fragfs.codec.encoding import decode
 from fragfs.codec.solo import Encoding, encode_solo
 from fragfs.errors import FragmentError, IntegrityError, NotFoundError, StorageError
 from fragfs.library.catalog import Catalog
-from fragfs.library.closure import closure_of
+from fragfs.library.closure import CLOSURE_LIMIT, closure_of
 from fragfs.library.decode import FragmentDecoder
 from fragfs.library.recent import RecentFragments
 from fragfs.library.records import checksum
@@ -281,7 +281,10 @@ class BasePlanner:
         What is predicted from the original reads one fragment less than what is predicted from
         the copy, and says as much.
         """
-        while number not in self._pending_ids:
+        # Not for ever, should a damaged catalog have copies of each other.
+        for _ in range(CLOSURE_LIMIT):
+            if number in self._pending_ids:
+                break
             metadata = self._catalog.fragment(number)
             bases = self._catalog.bases(number)
             if len(bases) != 1 or metadata.record_size > metadata.raw_size * _COPY_SHARE_MAX:

@@ -294,11 +294,17 @@ def _saved_bytes(table: FragmentTable, own: Numbers) -> dict[str, int]:
 def unreferenced_bytes(catalog: Catalog) -> int:
     """Record bytes that no model needs, neither in its files nor to decode them."""
     table = FragmentTable(catalog)
+    return int(table.record[unneeded_fragments(catalog, table)].sum())
+
+
+def unneeded_fragments(catalog: Catalog, table: FragmentTable | None = None) -> Numbers:
+    """The fragments that no model needs, neither in its files nor to decode them."""
+    table = table or FragmentTable(catalog)
     needed = np.zeros(table.size, np.bool_)
     for model in models_by_age(catalog, table.size):
         needed[model.own] = True
     needed[table.closure(np.flatnonzero(needed))] = True
-    return int(table.record[~needed].sum())
+    return np.flatnonzero(~needed & (table.record > 0))
 
 
 class RemovedFragments:

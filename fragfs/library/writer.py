@@ -86,6 +86,7 @@ class Batch:
         self._bases: dict[int, tuple[int, ...]] = {}
         self._signatures: dict[int, FragmentSignature | None] = {}
         self._retired: set[int] = set()
+        self._dropped: list[int] = []
         self._record_count = 0
         self._batch_offset = 0
         self._headers = xxhash.xxh3_64()
@@ -176,6 +177,10 @@ class Batch:
         self._count(parse_record_header(record, "a copied record"))
         self._moved[metadata.number] = replace(metadata, pack=pack.number, offset=offset)
         self._bases.setdefault(metadata.number, self._catalog.bases(metadata.number))
+
+    def drop_fragments(self, numbers: Sequence[int]) -> None:
+        """Forget fragments that nothing needs, and all that is known about them."""
+        self._dropped += numbers
 
     def retire_pack(self, number: int) -> None:
         """Nothing in a pack counts any more once this batch is committed; call it first."""
@@ -298,6 +303,7 @@ class Batch:
                 ),
             )
             self._insert_signatures(connection)
+            self._delete_dropped(connection)
             connection.executemany(
                 "INSERT OR REPLACE INTO packs VALUES (?, ?, ?, ?)", self._abandoned
             )
@@ -315,6 +321,24 @@ class Batch:
             if apply is not None:
                 apply(connection)
         self._writer.remove_intent()
+
+    def _delete_dropped(self, connection: sqlite3.Connection) -> None:
+        if not self._dropped:
+            return
+        connection.execute("CREATE TEMP TABLE dropped (number INTEGER PRIMARY KEY)")
+        connection.executemany(
+            "INSERT OR IGNORE INTO dropped VALUES (?)", ((number,) for number in self._dropped)
+        )
+        for table, column in (
+            ("fragments", "number"),
+            ("bases", "fragment"),
+            ("signatures", "fragment"),
+            ("similar", "fragment"),
+        ):
+            connection.execute(
+                f"DELETE FROM {table} WHERE {column} IN (SELECT number FROM dropped)"
+            )
+        connection.execute("DROP TABLE dropped")
 
     def _insert_signatures(self, connection: sqlite3.Connection) -> None:
         signed = {

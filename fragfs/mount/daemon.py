@@ -80,7 +80,11 @@ def run(
         FragmentError: The library cannot be opened, a model is missing, or mounting failed.
     """
     _raise_descriptor_limit()
-    with logging_to(options, foreground=foreground), open_library(options.library) as library:
+    with (
+        logging_to(options, foreground=foreground),
+        open_library(options.library) as library,
+        library.hold_lease(),
+    ):
         for name in options.models:
             library.model(name)
         daemon = _Daemon(options, library)
