@@ -47,7 +47,7 @@ def optimize_command(
         report = library.optimize(level, progress, workers)
     if report.leased_bytes:
         remark(
-            f"fragfs: warning: {format_bytes(report.leased_bytes)} that no model needs stay for now:"
+            f"fragfs: warning: {format_bytes(report.leased_bytes)} that no model needs stay, for"
             " the library is mounted, or something is being added; unmount it and run this again"
         )
     for pack, why in report.kept:

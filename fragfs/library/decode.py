@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
 from fragfs.codec.encoding import decode
+from fragfs.codec.selftest import check_decoder
 from fragfs.errors import FormatError, FragmentError, IntegrityError
 from fragfs.library.catalog import Catalog
 from fragfs.library.closure import CLOSURE_LIMIT
@@ -46,10 +48,21 @@ def where(metadata: FragmentMetadata) -> str:
     return f"pack {metadata.pack} at offset {metadata.offset}"
 
 
+@cache
+def _check_this_machine() -> None:
+    """Once in a process: a decoder that is wrong here must not get to read or write anything."""
+    check_decoder()
+
+
 class FragmentDecoder:
-    """Reads and decodes the fragments of one library. Safe in any thread."""
+    """Reads and decodes the fragments of one library. Safe in any thread.
+
+    Raises:
+        IntegrityError: This machine decodes the self-test wrongly.
+    """
 
     def __init__(self, catalog: Catalog, packs: PackReader) -> None:
+        _check_this_machine()
         self._catalog = catalog
         self._packs = packs
 

@@ -9,28 +9,24 @@ from __future__ import annotations
 import logging
 import os
 import time
-import uuid as uuid_module
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from fragfs.errors import NotFoundError, StorageError, UsageError
+from fragfs.errors import NotFoundError, StorageError
 from fragfs.library import tree
 from fragfs.library.catalog import (
-    CATALOG_NAME,
     Catalog,
-    create_catalog,
 )
 from fragfs.library.extents import ExtentMap, OpenContent
 from fragfs.library.files import Files, OsFiles
-from fragfs.library.lease import hold_lease, no_leases
+from fragfs.library.lease import hold_lease
 from fragfs.library.names import as_name, join, printable
-from fragfs.library.packs import PACKS_NAME, PackReader
+from fragfs.library.packs import PackReader
 from fragfs.library.progress import NO_PROGRESS, Progress
 from fragfs.library.publish import (
     DraftDirectory,
@@ -40,7 +36,7 @@ from fragfs.library.publish import (
     publish_move,
     publish_removal,
 )
-from fragfs.library.writer import STAGING_NAME, Batch, LibraryWriter
+from fragfs.library.writer import Batch, LibraryWriter
 from fragfs.types import (
     FileEntry,
     FragmentId,
@@ -54,7 +50,6 @@ from fragfs.types import (
 )
 
 if TYPE_CHECKING:
-    from fragfs.codec.choose import Rows
     from fragfs.library.add import AddOptions, AddReport
     from fragfs.library.decode import DecodedSource, FragmentDecoder
     from fragfs.library.estimate import EstimateReport
@@ -121,36 +116,11 @@ class FragmentLibrary:
             UsageError: The directory holds something.
             StorageError: It cannot be written.
         """
+        from fragfs.library.creation import create_library
+
         files = files or OsFiles()
         directory = Path(path)
-        if directory.exists() and not directory.is_dir():
-            raise UsageError(f"{directory} is not a directory", path=str(directory))
-        for parent in reversed([directory, *directory.parents]):
-            if not parent.exists():
-                files.make_directory(parent)
-        staging = directory / STAGING_NAME
-        leftovers = set(files.names(directory)) - {STAGING_NAME, PACKS_NAME}
-        if (directory / PACKS_NAME).exists() and files.names(directory / PACKS_NAME):
-            leftovers.add(PACKS_NAME)
-        if CATALOG_NAME in leftovers:
-            raise UsageError(
-                f"{directory} is a fragfs library already",
-                path=str(directory),
-                remedy="add models to it, or name a new directory",
-            )
-        if leftovers:
-            raise UsageError(
-                f"{directory} is not empty", path=str(directory), remedy="name a new directory"
-            )
-        files.make_directory(directory / PACKS_NAME)
-        files.make_directory(staging)
-        temporary = staging / f"{CATALOG_NAME}.{os.getpid()}"
-        files.unlink(temporary)
-        create_catalog(temporary, uuid_module.uuid4().bytes, config or LibraryConfig(), now_ns())
-        # A library exists once its catalog has its name: all else is there by then.
-        files.rename(temporary, directory / CATALOG_NAME)
-        files.sync_directory(directory)
-        files.sync_directory(directory.parent)
+        create_library(files, directory, config or LibraryConfig(), now_ns())
         return cls(directory, files=files, now_ns=now_ns)
 
     @classmethod
@@ -536,62 +506,26 @@ class FragmentLibrary:
         Raises:
             StorageError: Something cannot be read or written.
         """
-        from fragfs.library.compact import Compactor
-        from fragfs.library.optimize import Optimizer
-        from fragfs.library.publish import refresh_stored_bytes
+        from fragfs.library.reorganize import Reorganizer
 
-        compactor = Compactor(
+        return Reorganizer(
             self._files,
             self.path,
             self._catalog,
             self._packs,
-            self._start_batch,
-            self._publish_snapshot,
-        )
-        before = compactor.pack_bytes()
-        optimizer = Optimizer(
-            self._catalog,
             self._decoder,
-            self.config,
-            self.config.level if level is None else level,
-            self._start_batch,
-            self._quantized_rows(),
+            self._writer,
+            self._publish_snapshot,
+        ).optimize(
+            level,
+            (layer for model in self.models() for layer in self.manifest(model.name).layers),
             workers or _cores(),
             progress,
         )
-        report = optimizer.run()
-        if report.changed_count:
-            with self._writer.batch() as batch:
-                refresh_stored_bytes(batch, self._catalog)
-        leased_bytes = self._drop_unneeded()
-        kept = compactor.run()
-        freed_bytes = before - compactor.pack_bytes()
-        return replace(report, freed_bytes=freed_bytes, kept=kept, leased_bytes=leased_bytes)
-
-    def _drop_unneeded(self) -> int:
-        """Drop what no model needs; gives the record bytes that must stay for now instead."""
-        from fragfs.library.stats import unneeded_fragments, unreferenced_bytes
-
-        with no_leases(self.path) as alone, self._writer.batch() as batch:
-            if not alone:
-                return unreferenced_bytes(self._catalog)
-            unneeded = unneeded_fragments(self._catalog).tolist()
-            if unneeded:
-                batch.drop_fragments(unneeded)
-                batch.commit()
-        return 0
 
     def hold_lease(self) -> AbstractContextManager[None]:
         """Keep what is open readable, whatever is removed: for as long as the context lasts."""
         return hold_lease(self.path)
-
-    def _quantized_rows(self) -> dict[FragmentId, Rows]:
-        """How the fragments of quantized tensors lie in rows, read off the files' own headers."""
-        from fragfs.library.hints import quantized_rows
-
-        return quantized_rows(
-            layer for model in self.models() for layer in self.manifest(model.name).layers
-        )
 
     # --- whole models
 

@@ -227,8 +227,10 @@ class BasePlanner:
             choice.encoding,
             [(self._id(number), raw) for number, raw in zip(bases, choice.raws, strict=True)],
         )
-        # Only what may serve as a base is indexed: one more fragment must fit its closure.
-        if len(self._closure(bases)) + 2 > self._config.closure_max:
+        # Only what may serve as a base is indexed: one more fragment must fit its closure. A copy
+        # does not: its original serves in its place.
+        is_copy = bool(bases) and choice.encoding.size < len(raw) * _COPY_SHARE_MAX
+        if is_copy or len(self._closure(bases)) + 2 > self._config.closure_max:
             signature = None
         return Planned(fragment, bases, signature)
 
