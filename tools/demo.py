@@ -1,9 +1,9 @@
 """See fragfs work, on a real model: `make demo`.
 
-Takes a model of 91 MB, makes the copies of it that pile up on people's disks (other precisions, a
-partial fine-tune, renamed tensors), adds them to a library with the `fragfs` command, reads them
-back through a mount as any program would, and compares every tensor and every byte. Leaves
-nothing behind unless asked to.
+Takes a model of 91 MB, makes the copies of it that pile up on people's disks (other precisions,
+fine-tunes, a merge of them, renamed tensors), adds them to a library with the `fragfs` command,
+reads them back through a mount as any program would, and compares every tensor and every byte.
+Leaves nothing behind unless asked to.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from tools.minilm import PACKAGE, fetch_minilm
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "model.safetensors"
 BASE = "all-MiniLM-L6-v2"
+MERGED = f"{BASE}-merged"
 
 console = Console(highlight=False, soft_wrap=True)
 step_numbers = count(1)
@@ -126,6 +127,9 @@ def run(place: Path, *, synthetic: bool) -> None:
     console.print()
     fragfs("stats", library=library)
 
+    step("Where the bytes of one model are")
+    fragfs("explain", MERGED, library=library)
+
     if Path("/dev/fuse").exists() and shutil.which("fusermount3"):
         step("Read back through a mount, by programs that know nothing of fragfs")
         shown = place / "models"
@@ -182,10 +186,14 @@ def make_family(place: Path, *, synthetic: bool) -> list[Path]:
             make_base(base)
     tensors = load_file(base / WEIGHTS)
     rng = np.random.default_rng(7)
+    tuned_head = tune(tensors, last_layer(tensors), rng)
+    tuned = tune(tensors, set(tensors), rng)
     variants = {
         "bf16": {name: cast(tensor, ml_dtypes.bfloat16) for name, tensor in tensors.items()},
         "f16": {name: cast(tensor, np.float16) for name, tensor in tensors.items()},
-        "tuned-head": tune_last_layer(tensors, rng),
+        "tuned-head": tuned_head,
+        "tuned": tuned,
+        "merged": merge(tuned_head, tuned),
         "renamed": {f"model.{name}": tensor for name, tensor in tensors.items()},
     }
     directories = [base]
@@ -199,6 +207,8 @@ def make_family(place: Path, *, synthetic: bool) -> list[Path]:
         "the same in bfloat16",
         "the same in float16",
         "a fine-tune of its last layer",
+        "a fine-tune of all layers",
+        "the mean of the two fine-tunes",
         "the same tensors, other names",
     )
     for directory, why in zip(directories, explanations, strict=True):
@@ -210,17 +220,30 @@ def cast(tensor: NDArray, dtype: object) -> NDArray:
     return tensor.astype(dtype) if tensor.dtype == np.float32 else tensor
 
 
-def tune_last_layer(tensors: Tensors, rng: np.random.Generator) -> Tensors:
-    """Noise of a gentle fine-tune on the last encoder layer, nothing anywhere else."""
+def last_layer(tensors: Tensors) -> set[str]:
     layers = [name for name in tensors if ".layer." in name]
     last = max(int(name.split(".layer.")[1].split(".")[0]) for name in layers)
+    return {name for name in layers if f".layer.{last}." in name}
+
+
+def tune(tensors: Tensors, names: set[str], rng: np.random.Generator) -> Tensors:
+    """Noise of a gentle fine-tune on the float tensors of these names, nothing anywhere else."""
     tuned = dict(tensors)
-    for name in layers:
-        if f".layer.{last}." in name:
-            tensor = tensors[name]
+    for name in sorted(names):
+        tensor = tensors[name]
+        if tensor.dtype == np.float32:
             noise = rng.standard_normal(tensor.shape, dtype=np.float32)
             tuned[name] = tensor + noise * np.float32(0.01) * tensor.std()
     return tuned
+
+
+def merge(first: Tensors, second: Tensors) -> Tensors:
+    """The mean of two models, as merging tools write it."""
+    half = np.float32(0.5)
+    return {
+        name: half * tensor + half * second[name] if tensor.dtype == np.float32 else tensor
+        for name, tensor in first.items()
+    }
 
 
 def make_base(base: Path) -> None:
@@ -273,8 +296,8 @@ def show_savings(added: list[Addition], library: Path) -> None:
     console.print(table)
     console.print(
         f"\n{megabytes(total)} of files are now {megabytes(tree_size(library))} on disk, catalog"
-        " included.\nThis version stores equal pieces once and compresses the rest; it does not"
-        " yet store a\nbf16 copy as a cast of its f32 original, or a fine-tune as a difference."
+        " included.\nWhat is equal is stored once; casts, fine-tunes and the merge are stored as"
+        " what differs from\na prediction. 'fragfs optimize' would look at all of them together."
     )
 
 

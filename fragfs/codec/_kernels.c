@@ -64,6 +64,19 @@ typedef struct {
         }                                                                                          \
         return 0;                                                                                  \
     }                                                                                              \
+    static size_t codes_##word(const word *restrict values, size_t count, word zero, word escape,  \
+                               uint8_t *restrict codes, word *restrict outside)                    \
+    {                                                                                              \
+        size_t used = 0;                                                                           \
+        for (size_t i = 0; i < count; i++) {                                                       \
+            word shifted = (word)(values[i] + zero);                                               \
+            int is_outside = shifted >= escape;                                                    \
+            codes[i] = (uint8_t)(is_outside ? escape : shifted);                                   \
+            outside[used] = values[i];                                                             \
+            used += (size_t)is_outside;                                                            \
+        }                                                                                          \
+        return used;                                                                               \
+    }                                                                                              \
     static size_t patch_##word(word *restrict values, size_t count, word marker,                   \
                                const word *restrict replacements, size_t replacement_count)        \
     {                                                                                              \
@@ -203,6 +216,40 @@ static PyObject *count_keys(PyObject *self, PyObject *args)
 done:
     PyBuffer_Release(&words);
     PyBuffer_Release(&out);
+    return result;
+}
+
+static PyObject *codes(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer values, codes, outside;
+    unsigned width, zero, escape;
+    if (!PyArg_ParseTuple(args, "Iy*IIw*w*", &width, &values, &zero, &escape, &codes, &outside))
+        return NULL;
+    PyObject *result = NULL;
+    size_t used = 0;
+    if ((width != 1 && width != 2 && width != 4 && width != 8) || (size_t)values.len % width ||
+        (size_t)codes.len != (size_t)values.len / width || outside.len != values.len ||
+        escape > 255 || zero > 255) {
+        PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
+        goto done;
+    }
+    size_t count = (size_t)codes.len;
+    Py_BEGIN_ALLOW_THREADS;
+#define TAKE(word)                                                                                 \
+    used = codes_##word(values.buf, count, (word)zero, (word)escape, codes.buf, outside.buf)
+    switch (width) {
+    case 1: TAKE(uint8_t); break;
+    case 2: TAKE(uint16_t); break;
+    case 4: TAKE(uint32_t); break;
+    default: TAKE(uint64_t); break;
+    }
+    Py_END_ALLOW_THREADS;
+    result = PyLong_FromSize_t(used);
+done:
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&codes);
+    PyBuffer_Release(&outside);
     return result;
 }
 
@@ -424,6 +471,8 @@ static PyMethodDef methods[] = {
      "split(width, values, prediction, lookup, sizes, out, shift, mask): values - prediction, by group"},
     {"join", join, METH_VARARGS,
      "join(width, residual, prediction, lookup, sizes, out, shift, mask): undo split"},
+    {"codes", codes, METH_VARARGS,
+     "codes(width, values, zero, escape, codes, outside): codes of values; counts those outside"},
     {"patch", patch, METH_VARARGS,
      "patch(width, values, marker, replacements): put them where the marker is; counts markers"},
     {"count_keys", count_keys, METH_VARARGS,

@@ -50,6 +50,9 @@ decode at every read."""
 _BLENDS_TRIED = {Level.FAST: 1, Level.BALANCED: 2, Level.SMALL: 3}
 """Sets of bases tried on the sample, the best of those that a few words were fitted to."""
 _SCREEN_WORDS = 4096
+_FIT_STEP = 4
+_ESTIMATES_DIFFER = 1.5
+"""Estimates know nothing of runs: up to this factor above the limit a blend is settled."""
 
 _CANDIDATES = {Level.FAST: (2,), Level.BALANCED: (3, 5), Level.SMALL: (4, 8)}
 """Candidates tried at a time: more of them only if the first do not make a fragment small."""
@@ -62,7 +65,7 @@ the last bits of f32 weights between two checkpoints they do again up to the nex
 do not show it. (Embeddings of a run: 0.118 instead of 0.143. Scaling one base by the decay:
 0.23.)"""
 
-_SETTLED = {Level.FAST: 0, Level.BALANCED: 2, Level.SMALL: 3}
+_SETTLED = {Level.FAST: 1, Level.BALANCED: 2, Level.SMALL: 3}
 """Of the candidates with the best estimates, how many are settled by encoding the sample."""
 _SETTLED_SHARE_MIN = 0.01
 """Below this share there is nothing to settle."""
@@ -203,9 +206,10 @@ def encode_best(
     if not trials:
         return Choice(encode_solo(view, dtype, zstd_level=zstd_level))
     trials.sort(key=_rank)
-    count = _SETTLED[level]
-    settled = [_settle(view, dtype, taken, trial, level) for trial in trials[:count]]
-    best = min(settled, key=_rank) if settled else trials[0]
+    best = trials[0]
+    if len(trials) > 1:
+        some = trials[: _SETTLED[level]]
+        best = min((_settle(view, dtype, taken, one, level) for one in some), key=_rank)
     if best.share > _BLEND_PAYS_MIN:
         indices = [trial.bases[0] for trial in trials]
         limit = best.share * _BLEND_GAIN[level]
@@ -370,7 +374,9 @@ def _try_blends(
             pairs = [(candidates[index].raw, candidates[index].dtype) for index in bases]
             sample = _Sample(covered_words(view, dtype, pairs))
             fitted = fit_blend(
-                sample.take(view, dtype), dtype, [(sample.take(r, d), d) for r, d in pairs]
+                sample.take(view, dtype)[::_FIT_STEP],
+                dtype,
+                [(sample.take(r, d)[::_FIT_STEP], d) for r, d in pairs],
             )
             predictions = [fitted] if fitted is not None else []
             if size == 2 and dtype.bits >= _EXTRAPOLATED_BITS_MIN:
@@ -380,15 +386,9 @@ def _try_blends(
                     for coefficients in ((2.0, -1.0), (-1.0, 2.0))
                 ]
             for prediction in predictions:
-                trial = _try(
-                    view,
-                    dtype,
-                    candidates,
-                    bases,
-                    prediction,
-                    level,
-                    exact=level is not Level.FAST,
-                )
+                trial = _try(view, dtype, candidates, bases, prediction, level, exact=False)
+                if trial.share < limit * _ESTIMATES_DIFFER:
+                    trial = _settle(view, dtype, candidates, trial, level)
                 if trial.share < limit:
                     found.append(trial)
         if found:

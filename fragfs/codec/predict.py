@@ -220,9 +220,10 @@ def fit_blend(
     columns, wanted = columns[usable], wanted[usable]
     if wanted.size < 16 * len(bases):
         return None
-    with np.errstate(all="ignore"):
-        found, _, rank, _ = np.linalg.lstsq(columns, wanted, rcond=1e-9)
-    if rank < len(bases):
+    # By the normal equations: siblings are far from being so alike that these would not do.
+    try:
+        found = np.linalg.solve(columns.T @ columns, columns.T @ wanted)
+    except np.linalg.LinAlgError:
         return None
     coefficients = tuple(_plain(float(value)) for value in found)
     if not all(_COEFFICIENT_MIN <= abs(value) <= _COEFFICIENT_MAX for value in coefficients):
