@@ -14,7 +14,17 @@ from fragfs.errors import (
     UsageError,
 )
 from fragfs.library.add import AddOptions
+from fragfs.library.estimate import EstimateReport
+from fragfs.library.explain import Explanation
 from fragfs.library.library import FragmentLibrary
+from fragfs.library.optimize import OptimizeReport
+from fragfs.similarity.index import (
+    DEFAULT_SIMILARITY_THRESHOLD,
+    SimilarityIndex,
+    SimilarityMatch,
+    SimilarityThreshold,
+)
+from fragfs.similarity.signature import FragmentSignature, SignatureConfig
 from fragfs.types import (
     LIBRARY_FORMAT_VERSION,
     Fragment,
@@ -22,6 +32,7 @@ from fragfs.types import (
     FragmentMetadata,
     FragmentType,
     LayerMapping,
+    Level,
     LibraryConfig,
     LibraryStats,
     ModelManifest,
@@ -29,22 +40,32 @@ from fragfs.types import (
 )
 
 __all__ = [
+    "DEFAULT_SIMILARITY_THRESHOLD",
     "LIBRARY_FORMAT_VERSION",
     "AddOptions",
+    "EstimateReport",
+    "Explanation",
     "FormatError",
     "Fragment",
     "FragmentError",
     "FragmentId",
     "FragmentLibrary",
     "FragmentMetadata",
+    "FragmentSignature",
     "FragmentType",
     "IntegrityError",
     "LayerMapping",
+    "Level",
     "LibraryConfig",
     "LibraryStats",
     "LimitError",
     "ModelManifest",
     "NotFoundError",
+    "OptimizeReport",
+    "SignatureConfig",
+    "SimilarityIndex",
+    "SimilarityMatch",
+    "SimilarityThreshold",
     "StorageError",
     "TensorRef",
     "UsageError",

@@ -40,16 +40,17 @@ _NO_MODEL = "(no model any more)"
     ),
 )
 @click.argument("target", metavar="MODEL[/FILE]")
-@click.option("--fragments", is_flag=True, help="List every fragment.")
+@click.option("--fragments", is_flag=True, help="List every fragment of every tensor.")
 @json_option
 @shared_options()
 @pass_session
 def explain_command(session: Session, target: str, fragments: bool, as_json: bool) -> None:
     """Say where bytes live, what predicts them, and who shares them.
 
-    Of a file, its tensors are listed as well. "Exclusive" is what removing the model would free;
-    "bases" are pieces that are not in these files and that reading them takes. A piece is
-    "needed" by a model whose files hold it, or hold something that is predicted from it.
+    FILE may also be a folder of the model. Of a file or folder, the tensors are listed as well.
+    "Exclusive" is what no other model needs, bases included; "bases" are pieces that are not in
+    these files and that reading them takes. A piece is "needed" by a model whose files hold it, or
+    hold something that is predicted from it.
     """
     with session.open_library() as library:
         place = find_target(library, target)
@@ -337,9 +338,9 @@ def estimate_command(
 ) -> None:
     """Say what adding directories or files would store.
 
-    Nothing is added. Everything is read, which finds exactly what is stored already. Of the rest
-    a sample is encoded; how much its parts differ gives the margin. Paths count as added one after
-    the other, so that later ones may share with earlier ones.
+    Nothing is added. Everything is read, so what is stored already is known exactly. Of the rest a
+    sample is encoded; how much its parts differ gives the margin. Paths count as added one after
+    the other, so that later ones may share with earlier ones, or be predicted from them.
     """
     from fragfs.cli.progress import show_progress
     from fragfs.library.add import AddOptions

@@ -46,8 +46,8 @@ _LISTED_MAX = 20
     help="Elements of a tensor per fragment, a power of two. Fixed from then on.",
 )
 @level_option(
-    "fast decodes quickest, small stores least; balanced, the default, is near small in size"
-    " and near fast in speed."
+    "What encodings to prefer: fast reads quickest, small takes the least space; balanced, the"
+    " default, is near small in size and near fast in speed."
 )
 @click.option(
     "--zstd-level",
@@ -63,7 +63,8 @@ _LISTED_MAX = 20
     default=_DEFAULTS.closure_max,
     show_default=True,
     metavar="N",
-    help="Fragments that reading one fragment may have to decode, 1 to 8.",
+    help="Fragments that reading one fragment may have to decode, itself included, 1 to 8; 1 stores"
+    " no differences. Fixed from then on.",
 )
 @shared_options()
 @pass_session

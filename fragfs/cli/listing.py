@@ -42,7 +42,8 @@ def ls_command(session: Session, model: str | None, is_long: bool, as_json: bool
     """List the models, or the files of one.
 
     MODEL may also be a folder of models, or a file or folder inside a model. With -l, "stored" is
-    what the fragments of a file take in the packs; what several files share counts for each.
+    what the fragments of a file take in the packs; what several files share counts for each, and
+    what they are predicted from is not counted.
     """
     with session.open_library() as library:
         models = library.models()
@@ -143,8 +144,8 @@ def stats_command(session: Session, model: str | None, as_json: bool) -> None:
 
     Without MODEL, of the whole library. All figures are recomputed from the catalog. "Unique" is
     what is left once every distinct piece counts once; "stored" is what those pieces take in the
-    packs. "Predicted" says which models the pieces are stored as differences to; 'fragfs explain'
-    tells more of a model.
+    packs. "Predicted" says how much is stored as differences to pieces of which models; what
+    is predicted from several counts for each. 'fragfs explain' tells more of a model.
     """
     name = os.fsencode(model).rstrip(b"/") if model else None
     with session.open_library() as library:

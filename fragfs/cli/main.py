@@ -74,9 +74,9 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """One deduplicated, compressed library for all your model files.
 
-    Models are added to a library, which stores each distinct piece once, and are read back as
-    ordinary files under a mount point, every byte identical to what was added.
-    'fragfs COMMAND --help' explains a command, with an example.
+    Models are added to a library, which stores each distinct piece once, and similar ones as
+    differences. They are read back as ordinary files under a mount point, every byte identical to
+    what was added. 'fragfs COMMAND --help' explains a command, with an example.
 
     Exit status: 0 done, 1 failed, 2 usage, 130 interrupted.
     """

@@ -25,7 +25,10 @@ __all__ = ["optimize_command"]
         "fragfs optimize --level small",
     ),
 )
-@level_option("What encodings to prefer. [default: the library's own]")
+@level_option(
+    "What encodings to prefer, this time; another level than the library's own encodes everything"
+    " anew. [default: the library's own]"
+)
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Planner threads.")
 @json_option
 @shared_options()
@@ -37,9 +40,12 @@ def optimize_command(
 
     Adding predicts a model from what was there before it. This looks at all models together, so
     that the order of adding hardly matters, and gives back the space of replaced records and of
-    what no model needs any more. Mounts and readers may stay, and keep open what was removed: such
-    space is given back when none are left. It can be interrupted at any moment; the next run finds
-    the rest.
+    what no model needs any more.
+
+    Mounts may stay, and programs go on reading. What no model needs stays too while the library is
+    mounted or being added to; run this again afterwards. It can be interrupted at any moment; the
+    next run finds the rest. New records are written before old ones go, so it may need as much free
+    space as it rewrites.
     """
     from fragfs.cli.progress import show_progress
 

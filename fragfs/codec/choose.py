@@ -51,8 +51,10 @@ _BLENDS_TRIED = {Level.FAST: 1, Level.BALANCED: 2, Level.SMALL: 3}
 """Sets of bases tried on the sample, the best of those that a few words were fitted to."""
 _SCREEN_WORDS = 4096
 _FIT_STEP = 4
-_ESTIMATES_DIFFER = 1.5
-"""Estimates know nothing of runs: up to this factor above the limit a blend is settled."""
+_ESTIMATES_DIFFER = 1.1
+_WIDE_ESTIMATES_DIFFER = 1.5
+"""Estimates that are closer than this are settled. They know nothing of runs, which decide between
+checkpoints of f32 weights."""
 
 _CANDIDATES = {Level.FAST: (2,), Level.BALANCED: (3, 5), Level.SMALL: (4, 8)}
 """Candidates tried at a time: more of them only if the first do not make a fragment small."""
@@ -207,8 +209,9 @@ def encode_best(
         return Choice(encode_solo(view, dtype, zstd_level=zstd_level))
     trials.sort(key=_rank)
     best = trials[0]
-    if len(trials) > 1:
-        some = trials[: _SETTLED[level]]
+    limit = _rank(best) * _differ(dtype)
+    some = [trial for trial in trials[: _SETTLED[level]] if _rank(trial) < limit]
+    if len(some) > 1:
         best = min((_settle(view, dtype, taken, one, level) for one in some), key=_rank)
     if best.share > _BLEND_PAYS_MIN:
         indices = [trial.bases[0] for trial in trials]
@@ -300,6 +303,12 @@ def _encode(
     )
 
 
+def _differ(dtype: Dtype) -> float:
+    """How far apart estimates must be to be believed."""
+    wide = dtype.bits >= _EXTRAPOLATED_BITS_MIN
+    return _WIDE_ESTIMATES_DIFFER if wide else _ESTIMATES_DIFFER
+
+
 def _rank(trial: _Trial) -> float:
     """Smaller is better; each further fragment to read must pay for itself."""
     return trial.share / _SHALLOW_GAIN**trial.depth
@@ -387,7 +396,7 @@ def _try_blends(
                 ]
             for prediction in predictions:
                 trial = _try(view, dtype, candidates, bases, prediction, level, exact=False)
-                if trial.share < limit * _ESTIMATES_DIFFER:
+                if trial.share < limit * _differ(dtype):
                     trial = _settle(view, dtype, candidates, trial, level)
                 if trial.share < limit:
                     found.append(trial)
