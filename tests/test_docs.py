@@ -13,6 +13,7 @@ import pytest
 
 import fragfs
 from fragfs.cli.main import COMMANDS, cli
+from fragfs.types import Level, LibraryConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,8 +21,10 @@ CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 
 PUBLIC_NAMES = set(
     "FragmentLibrary Fragment FragmentId FragmentMetadata FragmentType LayerMapping TensorRef"
-    " ModelManifest LibraryConfig LibraryStats LIBRARY_FORMAT_VERSION AddOptions FragmentError"
-    " FormatError IntegrityError LimitError NotFoundError StorageError UsageError".split()
+    " ModelManifest LibraryConfig LibraryStats LIBRARY_FORMAT_VERSION Level AddOptions"
+    " EstimateReport Explanation OptimizeReport FragmentSignature SignatureConfig SimilarityIndex"
+    " SimilarityMatch SimilarityThreshold DEFAULT_SIMILARITY_THRESHOLD FragmentError FormatError"
+    " IntegrityError LimitError NotFoundError StorageError UsageError".split()
 )
 
 FOREIGN_OPTIONS = {
@@ -69,6 +72,16 @@ def test_the_table_of_commands_names_their_own_options():
     for name, description in rows:
         named = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", description))
         assert named - command_options(name) == set(), name
+
+
+def test_the_table_of_levels_has_every_level():
+    rows = re.findall(r"^\| `(\w+)`(?:, the default)? \|", README, re.MULTILINE)
+    assert [Level[name.upper()] for name in rows] == [Level.FAST, Level.BALANCED, Level.SMALL]
+    assert f"`{LibraryConfig().level.name.lower()}`, the default" in README
+
+
+def test_the_readme_states_the_default_closure():
+    assert f"`closure_max`, {LibraryConfig().closure_max} by default" in README
 
 
 def test_the_json_commands_are_those_the_readme_names():
@@ -144,5 +157,8 @@ def test_the_demo_keeps_its_promise():
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("tensors equal, SHA-256 of 2 files equal") == 5
+    assert done.stdout.count("tensors equal, SHA-256 of 2 files equal") == 7
+    for what in ("copies in other precisions", "similar pieces", "mixtures of two pieces"):
+        assert f"by differences to {what}" in done.stdout
+    assert "predicted from\n" in done.stdout
     assert done.stdout.endswith("Every tensor and every byte came back identical.\n")

@@ -288,10 +288,10 @@ def show_savings(added: list[Addition], library: Path) -> None:
     for model in added:
         share = f"{100 * model.grown / model.size:.1f} %"
         seconds = f"{model.seconds:.1f}"
-        table.add_row(model.name, megabytes(model.size), megabytes(model.grown), share, seconds)
+        table.add_row(model.name, megabytes(model.size), megabytes(model.grown, 2), share, seconds)
     total, grown = sum(model.size for model in added), sum(model.grown for model in added)
     table.add_section()
-    table.add_row("together", megabytes(total), megabytes(grown), f"{100 * grown / total:.1f} %")
+    table.add_row("together", megabytes(total), megabytes(grown, 2), f"{100 * grown / total:.1f} %")
     console.print()
     console.print(table)
     console.print(
@@ -344,8 +344,8 @@ def tree_size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+def megabytes(size: int, digits: int = 1) -> str:
+    return f"{size / 1e6:.{digits}f} MB"
 
 
 if __name__ == "__main__":

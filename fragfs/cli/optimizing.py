@@ -18,6 +18,9 @@ from fragfs.types import Level
 
 __all__ = ["optimize_command"]
 
+_NOTHING_BYTES = 4096
+"""A run that finds nothing to do has written a batch of its own."""
+
 
 @click.command(
     "optimize",
@@ -80,8 +83,10 @@ def optimize_command(
     share = format_share(report.after_bytes, report.before_bytes)
     say(f"  before    {format_bytes(report.before_bytes)} of records")
     say(f"  after     {format_bytes(report.after_bytes)} ({share})")
-    say(f"  on disk   {format_bytes(abs(report.freed_bytes))} {_less(report.freed_bytes)}")
+    say(f"  on disk   {_difference(report.freed_bytes)}")
 
 
-def _less(freed_bytes: int) -> str:
-    return "less" if freed_bytes >= 0 else "more"
+def _difference(freed_bytes: int) -> str:
+    if abs(freed_bytes) < _NOTHING_BYTES:
+        return "no change"
+    return f"{format_bytes(abs(freed_bytes))} {'less' if freed_bytes > 0 else 'more'}"

@@ -485,4 +485,13 @@ static struct PyModuleDef module = {
     NULL, NULL, NULL, NULL,
 };
 
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__kernels(void)
+{
+    PyObject *created = PyModule_Create(&module);
+    /* kernels.py uses no module of another version: a file built for older sources. */
+    if (created && PyModule_AddIntConstant(created, "VERSION", 1)) {
+        Py_DECREF(created);
+        return NULL;
+    }
+    return created;
+}

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["find_kernels"]
 
+_VERSION = 1
+"""Of the functions and what they take; raised with every change to them, here and in the source."""
+
 
 def find_kernels() -> ModuleType | None:
     """The compiled module, or None."""
@@ -23,4 +26,5 @@ def find_kernels() -> ModuleType | None:
     except ImportError:
         return None
     module: ModuleType = _kernels
-    return module
+    # A file built for older sources is as good as none.
+    return module if getattr(module, "VERSION", None) == _VERSION else None

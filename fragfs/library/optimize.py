@@ -33,6 +33,7 @@ from fragfs.library.planning import CatalogSignatureRows, prove
 from fragfs.library.progress import Progress
 from fragfs.library.recent import RecentFragments
 from fragfs.library.records import fragment_header_size
+from fragfs.library.stats import named_fragments
 from fragfs.library.writer import Batch, Replacement
 from fragfs.similarity.index import SimilarityIndex
 from fragfs.similarity.plan import Group, plan_group
@@ -152,6 +153,8 @@ class Optimizer:
         self._index = SimilarityIndex(CatalogSignatureRows(catalog))
         self._recent = RecentFragments(_MEMBERS_BYTES_MAX)
         self._done: set[int] = set()
+        # What is left of removed models only predicts others: planning without it frees it.
+        self._named = set(named_fragments(catalog, catalog.next_number("fragments")).tolist())
 
     def run(self) -> OptimizeReport:
         """Plan every group of similar fragments again, and write what got smaller."""
@@ -219,7 +222,7 @@ class Optimizer:
         with ThreadPoolExecutor(self._workers, "fragfs-optimize") as pool:
             try:
                 for number in self._numbers():
-                    if number in self._done:
+                    if number in self._done or number not in self._named:
                         continue
                     members = self._gather(number)
                     self._done.update(member.metadata.number for member in members)
@@ -251,7 +254,7 @@ class Optimizer:
         for other in dict.fromkeys((*seed.bases, *near, *linked)):
             if len(found) >= _MEMBERS_MAX or held >= _MEMBERS_BYTES_MAX:
                 break
-            if other in found:
+            if other in found or other not in self._named:
                 continue
             member = self._member(other)
             if member is not None:
@@ -308,9 +311,20 @@ class Optimizer:
             if change is not None:
                 changes.append(change)
                 gain += member.metadata.record_size - _record_size(change)
+        gain += self._left_over(members, changes)
         if gain < _GAIN_MIN * old_bytes and not (self._all_anew and self._level is Level.FAST):
             return _Result(len(free), raw_bytes)
         return _Result(len(free), raw_bytes, changes, gain)
+
+    def _left_over(self, members: list[_Member], changes: Sequence[Replacement]) -> int:
+        """Record bytes of bases that are in no file any more, and that nothing needs after this."""
+        changed = {change.number for change in changes}
+        bases = {base for member in members for base in member.bases if base not in self._named}
+        return sum(
+            self._catalog.fragment(base).record_size
+            for base in bases
+            if changed.issuperset(self._catalog.dependents(base))
+        )
 
     def _estimate(self, members: list[_Member]) -> Group:
         """What each member costs from nothing, and from those it is most likely predicted from."""

@@ -87,7 +87,14 @@ class Reorganizer:
         leased_bytes = self._drop_unneeded()
         kept = self._compactor.run()
         freed_bytes = before - self._compactor.pack_bytes()
-        return replace(report, freed_bytes=freed_bytes, kept=kept, leased_bytes=leased_bytes)
+        row = self._catalog.row("SELECT coalesce(sum(record_size), 0) FROM fragments")
+        return replace(
+            report,
+            after_bytes=int(row[0]) if row else 0,
+            freed_bytes=freed_bytes,
+            kept=kept,
+            leased_bytes=leased_bytes,
+        )
 
     def _drop_unneeded(self) -> int:
         """Drop what no model needs; gives the record bytes that must stay for now instead."""

@@ -301,10 +301,16 @@ def unneeded_fragments(catalog: Catalog, table: FragmentTable | None = None) -> 
     """The fragments that no model needs, neither in its files nor to decode them."""
     table = table or FragmentTable(catalog)
     needed = np.zeros(table.size, np.bool_)
-    for model in models_by_age(catalog, table.size):
-        needed[model.own] = True
-    needed[table.closure(np.flatnonzero(needed))] = True
+    needed[table.closure(named_fragments(catalog, table.size))] = True
     return np.flatnonzero(~needed & (table.record > 0))
+
+
+def named_fragments(catalog: Catalog, size: int) -> Numbers:
+    """The fragments that files of models are made of, bases not included; below number `size`."""
+    named = np.zeros(size, np.bool_)
+    for model in models_by_age(catalog, size):
+        named[model.own] = True
+    return np.flatnonzero(named)
 
 
 class RemovedFragments:

@@ -51,7 +51,7 @@ def test_init_says_where(run, tmp_path):
 
 
 def test_init_keeps_its_settings(run, tmp_path):
-    options = ["--fragment-elements", "4096", "--level", "3", "--closure-max", "1"]
+    options = ["--fragment-elements", "4096", "--zstd-level", "3", "--closure-max", "1"]
     assert run("init", tmp_path / "library", *options).status == 0
     result = run("init", tmp_path / "other", "--fragment-elements", "5000")
     assert result.status == 2

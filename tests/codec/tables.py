@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
-from fragfs.codec.floats import narrow, quantize, widen
+from fragfs.codec.floats import convert, quantize
 from fragfs.types import Dtype
 
 SMALL = (Dtype.F16, Dtype.F8_E4M3, Dtype.F8_E5M2)
@@ -75,15 +75,23 @@ def _quantized() -> np.ndarray:
     return quantize(floats.view("<f4"), scales.view("<f4"))
 
 
+def _widened(dtype: Dtype) -> np.ndarray:
+    return convert([all_words(dtype)], [dtype], None, Dtype.F32)
+
+
+def _narrowed(dtype: Dtype) -> np.ndarray:
+    return convert([narrow_inputs(dtype)], [Dtype.F32], None, dtype)
+
+
 TABLES: dict[str, Callable[[], np.ndarray]] = {
-    "widen BF16": lambda: widen(all_words(Dtype.BF16), Dtype.BF16),
-    "widen F16": lambda: widen(all_words(Dtype.F16), Dtype.F16),
-    "widen F8_E4M3": lambda: widen(all_words(Dtype.F8_E4M3), Dtype.F8_E4M3),
-    "widen F8_E5M2": lambda: widen(all_words(Dtype.F8_E5M2), Dtype.F8_E5M2),
-    "narrow BF16": lambda: narrow(narrow_inputs(Dtype.BF16).view("<f4"), Dtype.BF16),
-    "narrow F16": lambda: narrow(narrow_inputs(Dtype.F16).view("<f4"), Dtype.F16),
-    "narrow F8_E4M3": lambda: narrow(narrow_inputs(Dtype.F8_E4M3).view("<f4"), Dtype.F8_E4M3),
-    "narrow F8_E5M2": lambda: narrow(narrow_inputs(Dtype.F8_E5M2).view("<f4"), Dtype.F8_E5M2),
+    "widen BF16": lambda: _widened(Dtype.BF16),
+    "widen F16": lambda: _widened(Dtype.F16),
+    "widen F8_E4M3": lambda: _widened(Dtype.F8_E4M3),
+    "widen F8_E5M2": lambda: _widened(Dtype.F8_E5M2),
+    "narrow BF16": lambda: _narrowed(Dtype.BF16),
+    "narrow F16": lambda: _narrowed(Dtype.F16),
+    "narrow F8_E4M3": lambda: _narrowed(Dtype.F8_E4M3),
+    "narrow F8_E5M2": lambda: _narrowed(Dtype.F8_E5M2),
     "quantize": _quantized,
 }
 """Whole tables, by name; the order of a table's inputs is part of its digest."""

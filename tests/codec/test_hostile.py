@@ -245,6 +245,7 @@ def test_whatever_is_wrong_with_a_record(record):
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
 @given(
     predictor=st.sampled_from(sorted(PREDICTORS_FROM_BASES)),
     dtype=st.sampled_from(list(Dtype)),

@@ -1,13 +1,16 @@
 """Residual words: every form, alone and mixed, and streams of whole words."""
 
+import itertools
 import struct
+import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fragfs.codec.groups import GROUPS_MAX
+from fragfs.codec import residual as module
+from fragfs.codec.groups import GROUPS_MAX, key_field
 from fragfs.codec.residual import (
     decode_residual,
     encode_residual,
@@ -39,24 +42,24 @@ def round_trip(words, prediction, dtype, *, grouped):
     return params, stored
 
 
-@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype", EVERY_KIND, ids=names)
-def test_round_trips(dtype, grouped, kernels):
+def test_round_trips(dtype, kernels):
     prediction = words_of(as_dtype(numbers(), dtype), dtype)
     for share, step in ((0, 1), (0.02, 1), (0.2, 1), (0.9, 2), (1, 7), (1, 120), (1, 30_000)):
         words = words_of(nudged(prediction.tobytes(), dtype, 3, share, step), dtype)
-        round_trip(words, prediction, dtype, grouped=grouped)
+        for grouped in (False, True):
+            round_trip(words, prediction, dtype, grouped=grouped)
 
 
 @EVERY_WIDTH
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 63, 4095, 4096, 4097, 16_385])
-def test_sizes(unit, count, kernels):
+def test_sizes(unit, kernels):
     dtype = WIDTHS[unit]
-    prediction = words_of(as_dtype(numbers(count), dtype), dtype)
-    for step in (0, 1, 3, 200):
-        words = words_of(nudged(prediction.tobytes(), dtype, 3, 0.5, step), dtype)
-        for grouped in (False, True):
-            round_trip(words, prediction, dtype, grouped=grouped)
+    for count in (1, 2, 3, 7, 8, 9, 63, 4095, 4096, 4097, 16_385):
+        prediction = words_of(as_dtype(numbers(count), dtype), dtype)
+        for step in (0, 1, 3, 200):
+            words = words_of(nudged(prediction.tobytes(), dtype, 3, 0.5, step), dtype)
+            for grouped in (False, True):
+                round_trip(words, prediction, dtype, grouped=grouped)
 
 
 @EVERY_WIDTH
@@ -68,6 +71,7 @@ def test_extreme_residuals(unit):
     round_trip(words, prediction, dtype, grouped=True)
 
 
+@settings(max_examples=50)
 @given(
     data=st.data(),
     unit=st.sampled_from(list(WIDTHS)),
@@ -80,20 +84,64 @@ def test_any_words_round_trip(data, unit, grouped):
     round_trip(words, prediction, WIDTHS[unit], grouped=grouped)
 
 
+def escapes_of(form, count, rng):
+    """Residuals for codes of `form` bits of which none, one, some and all are escapes."""
+    near = rng.integers(1 - (1 << form - 1), 1 << form - 1, count)
+    # The nearest on both sides, and those farthest away.
+    escape = 1 << form - 1
+    far = rng.choice([escape, -escape, 100, -100, 127, -128], count)
+    for share in (0, 0.02, 0.5, 0.98, 1):
+        yield np.where(rng.random(count) < share, far, near).tolist()
+    for place in {0, count // 2, count - 1}:
+        values = near.tolist()
+        values[place] = 100
+        yield values
+
+
 @EVERY_WIDTH
 @pytest.mark.parametrize("form", [1, 2, 4, 8])
-@pytest.mark.parametrize("method", [reference.RAW, reference.ZSTD])
-def test_every_form_decodes(unit, form, method):
+def test_every_form_decodes(unit, form, kernels):
+    """Groups of any number of escapes, as they are stored by somebody else."""
     rng = np.random.default_rng(form)
     dtype = WIDTHS[unit]
-    for count in (1, 5, 77, 300):
-        values = rng.integers(-2, 3, count).tolist()
-        values[count // 2] = 100
-        params, payload = reference.residual_of([(255, form, values)], unit, method)
-        prediction = np.frombuffer(rng.bytes(count * unit), f"<u{unit}")
-        back, _, _ = decode_residual(memoryview(params), memoryview(payload), prediction, dtype)
-        expected = prediction + np.array(values).astype(prediction.dtype)
-        assert np.array_equal(back, expected)
+    for count, method in itertools.product((1, 5, 77, 300), (reference.RAW, reference.ZSTD)):
+        for values in escapes_of(form, count, rng):
+            params, payload = reference.residual_of([(255, form, values)], unit, method)
+            prediction = np.frombuffer(rng.bytes(count * unit), f"<u{unit}")
+            back, _, _ = decode_residual(memoryview(params), memoryview(payload), prediction, dtype)
+            expected = prediction + np.array(values).astype(prediction.dtype)
+            assert np.array_equal(back, expected), (count, method, values)
+
+
+@EVERY_WIDTH
+def test_any_number_of_escapes_is_encoded(unit, kernels):
+    rng = np.random.default_rng(unit)
+    dtype = WIDTHS[unit]
+    for form, count in itertools.product((1, 2, 4), (1, 77, 5000)):
+        for values in escapes_of(form, count, rng):
+            prediction = np.frombuffer(rng.bytes(count * unit), f"<u{unit}")
+            words = prediction + np.array(values).astype(prediction.dtype)
+            round_trip(words, prediction, dtype, grouped=True)
+
+
+@EVERY_WIDTH
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_codes_and_what_is_outside(unit, bits, kernels):
+    zero, escape = (1 << bits - 1) - 1, (1 << bits) - 1
+    top = 1 << 8 * unit
+    edges = [-zero - 1, -zero, 0, escape - zero - 1, escape - zero, top // 2, top // 2 - 1, -1, 1]
+    for count in (0, 1, 2, len(edges), 1001):
+        values = np.resize(np.array([edge % top for edge in edges], f"<u{unit}"), count)
+        for ordered in (values, values[::-1].copy()):
+            before = ordered.copy()
+            codes, outside = module._to_codes(ordered, bits)
+            shifted = [(value + zero) % top for value in ordered.tolist()]
+            assert codes.dtype == np.uint8
+            assert codes.tolist() == [min(value, escape) for value in shifted]
+            far = [v for v, s in zip(ordered.tolist(), shifted, strict=True) if s >= escape]
+            assert outside.dtype == ordered.dtype
+            assert outside.tolist() == far
+            assert np.array_equal(ordered, before)
 
 
 def test_forms_may_change_from_group_to_group(kernels):
@@ -177,6 +225,156 @@ def test_streams(unit, count):
         assert (bytes(rest), bytes(behind)) == (b"p", b"q")
 
 
+@EVERY_WIDTH
+def test_groups_of_many_escapes_between_others(unit, kernels):
+    """Escapes of all groups stand together: each group takes its own."""
+    dtype = {1: Dtype.F8_E4M3, 2: Dtype.BF16, 4: Dtype.F32, 8: Dtype.F64}[unit]
+    shift, mask = key_field(dtype)
+    rng = np.random.default_rng(unit)
+    forms = [(1, "some"), (2, "none"), (4, "all"), (0, "none"), (4, "some"), (8, "all"), (2, "all")]
+    groups, prediction, expected = [], [], []
+    for index, (form, share) in enumerate(forms):
+        count = int(rng.integers(20, 90))
+        near = (1 << form - 1) - 1 if 0 < form < 8 else 0
+        values = rng.integers(-near, near + 1, count)
+        if share != "none":
+            chosen = rng.random(count) < (0.3 if share == "some" else 1)
+            values = np.where(chosen, rng.integers(20, 120, count) * rng.choice([-1, 1]), values)
+        key = 2 * index
+        last = 255 if index == len(forms) - 1 else key + 1
+        groups.append((last, form, values.tolist()))
+        words = [key << shift | int(low) for low in rng.integers(0, 1 << min(shift, 7), count)]
+        prediction += words
+        expected += [(w + v) % (1 << 8 * unit) for w, v in zip(words, values.tolist(), strict=True)]
+    assert mask >= 2 * len(forms) - 1
+    # Words of a group keep their order; groups are mixed.
+    group_of = np.repeat(np.arange(len(groups)), [len(values) for *_, values in groups])
+    queues = [iter(np.flatnonzero(group_of == group).tolist()) for group in range(len(groups))]
+    places = [next(queues[group]) for group in rng.permutation(group_of).tolist()]
+    words = np.array(prediction, f"<u{unit}")[places]
+    params, payload = reference.residual_of(groups, unit)
+    back, _, _ = decode_residual(memoryview(params), memoryview(payload), words, dtype)
+    assert back.tolist() == [expected[place] for place in places]
+
+
+# --- the compiled module by itself: wrong arguments are errors, never writes
+
+
+@pytest.mark.skipif(module._kernels is None, reason="fragfs.codec._kernels is not compiled here")
+class TestKernelArguments:
+    def refused(self, name, *arguments):
+        """A call raises an error, and lets go of all buffers: arrays can grow again."""
+        arrays = [argument for argument in arguments if isinstance(argument, bytearray)]
+        counts = [sys.getrefcount(array) for array in arrays]
+        before = [bytes(array) for array in arrays]
+        with pytest.raises((ValueError, TypeError, BufferError)):
+            getattr(module._kernels, name)(*arguments)
+        assert [sys.getrefcount(array) for array in arrays] == counts
+        assert [bytes(array) for array in arrays] == before
+        for array in arrays:
+            array.append(0)
+
+    def test_widths_and_sizes_of_patching(self):
+        for width in (0, 3, 5, 7, 9, 16, 64, 0x7FFFFFFF, 0xFFFFFFFF):
+            self.refused("patch", width, bytearray(48), 0, bytearray(16))
+        for width in (2, 4, 8):
+            for wrong in (1, width - 1, width + 1, 8 * width - 1):
+                self.refused("patch", width, bytearray(wrong), 0, bytearray(width))
+                self.refused("patch", width, bytearray(width), 0, bytearray(wrong))
+
+    def test_kinds_for_patching(self):
+        frozen = np.zeros(16, np.uint8)
+        frozen.flags.writeable = False
+        strided = np.zeros((16, 2), np.uint8)[:, 0]
+        for wrong in (None, "text", 7, strided, frozen, bytes(16)):
+            self.refused("patch", 2, wrong, 0, bytearray(16))
+        for wrong in (None, "text", 7, strided):
+            self.refused("patch", 2, bytearray(16), 0, wrong)
+        for wrong in (None, "1", 1.5, b"\0"):
+            self.refused("patch", wrong, bytearray(16), 0, bytearray(16))
+            self.refused("patch", 2, bytearray(16), wrong, bytearray(16))
+        arguments = (2, bytearray(16), 0, bytearray(16))
+        for count in range(4):
+            self.refused("patch", *arguments[:count])
+        self.refused("patch", *arguments, 1)
+
+    @EVERY_WIDTH
+    def test_patching(self, unit):
+        """Any number of markers and replacements: all markers are counted, the first replaced."""
+        top = (1 << 8 * unit) - 1
+        for marker in (0, 8, top):
+            other = [word for word in (0, 1, 7, 9, top - 1) if word != marker]
+            for count, more in itertools.product((0, 1, 5, 100), (0, 1, 4, 5, 60, 200)):
+                for share in (0, 0.3, 1):
+                    rng = np.random.default_rng(count + more)
+                    words = rng.choice(np.array(other, f"<u{unit}"), count)
+                    words[rng.random(count) < share] = marker
+                    # A replacement may be a marker itself: it is put in place, and not looked at.
+                    replacements = np.resize(np.array([marker, 3, top], f"<u{unit}"), more)
+                    expected, taken = words.tolist(), iter(replacements.tolist())
+                    places = [i for i, word in enumerate(expected) if word == marker]
+                    for place, replacement in zip(places, taken, strict=False):
+                        expected[place] = replacement
+                    right = np.array(expected, f"<u{unit}")
+                    for skip in (0, 1, 3):
+                        around = np.full(count * unit + 40, 0xAB, np.uint8)
+                        inside = slice(16 + skip, 16 + skip + count * unit)
+                        around[inside] = words.view(np.uint8)
+                        odd = bytes(skip) + replacements.tobytes()
+                        found = module._kernels.patch(
+                            unit, around[inside], marker, memoryview(odd)[skip:]
+                        )
+                        assert found == len(places)
+                        assert around[inside].tobytes() == right.tobytes()
+                        assert (around[: 16 + skip] == 0xAB).all()
+                        assert (around[inside.stop :] == 0xAB).all()
+
+    def test_patching_keeps_nothing(self):
+        values, replacements = bytearray(b"\1\2" * 8), bytearray(b"\3" * 8)
+        counts = [sys.getrefcount(thing) for thing in (values, replacements)]
+        for _ in range(1000):
+            assert module._kernels.patch(1, values, 9, replacements) == 0
+        assert [sys.getrefcount(thing) for thing in (values, replacements)] == counts
+        values.append(0)
+        replacements.append(0)
+
+    def test_wrong_arguments_of_taking_codes(self):
+        def right():
+            return [2, bytearray(20), 7, 15, bytearray(10), bytearray(20)]
+
+        module._kernels.codes(*right())
+        strided = np.zeros((20, 2), np.uint8)[:, 0]
+        wrong = {
+            0: (0, 1, 3, 4, 8, 16, 0xFFFFFFFF, None, "2"),
+            1: (bytearray(18), bytearray(19), bytearray(22), bytearray(), None, 7, "", strided),
+            2: (256, 0xFFFFFFFF, None, 1.5),
+            3: (256, 0xFFFFFFFF, None, 1.5),
+            4: (bytearray(9), bytearray(11), bytearray(20), bytearray(), bytes(10), None, strided),
+            5: (bytearray(18), bytearray(19), bytearray(22), bytearray(), bytes(20), None, strided),
+        }
+        for place, values in wrong.items():
+            for value in values:
+                arguments = right()
+                arguments[place] = value
+                self.refused("codes", *arguments)
+        for count in range(6):
+            self.refused("codes", *right()[:count])
+
+    @EVERY_WIDTH
+    def test_taking_codes_writes_nothing_outside(self, unit):
+        for count, skip in itertools.product((0, 1, 33, 1000), (0, 1, 3)):
+            values = np.frombuffer(np.random.default_rng(1).bytes(count * unit), np.uint8)
+            codes = np.full(count + 40, 0xAB, np.uint8)
+            outside = np.full(count * unit + 40, 0xAB, np.uint8)
+            ends = 16 + skip + count, 16 + skip + count * unit
+            module._kernels.codes(
+                unit, values, 7, 15, codes[16 + skip : ends[0]], outside[16 + skip : ends[1]]
+            )
+            for array, end in zip((codes, outside), ends, strict=True):
+                assert (array[: 16 + skip] == 0xAB).all()
+                assert (array[end:] == 0xAB).all()
+
+
 # --- refusals
 
 TEN = np.arange(10, dtype="<u2")
@@ -240,6 +438,64 @@ PLANES = plane(0, 10) * 2
 def test_malformed(params, payload, kernels):
     with pytest.raises(FormatError):
         decode_residual(memoryview(params), memoryview(payload), TEN, Dtype.BF16)
+
+
+@EVERY_WIDTH
+def test_wrong_numbers_of_escapes(unit, kernels):
+    """Too few or too many, where streams of any size are as they should be."""
+    prediction = np.zeros(10, f"<u{unit}")
+    streams = plane(1, 1) * unit, b"\x85" * unit
+
+    def stored(*groups):
+        params = b"".join(
+            group(last, len(codes), 4) + struct.pack("<I", count) + plane(0, -(-len(codes) // 2))
+            for last, codes, count in groups
+        )
+        codes = [
+            bytes(a | b << 4 for a, b in zip(c[::2], (*c, 0)[1::2], strict=False))
+            for _, c, _ in groups
+        ]
+        return bytes([len(groups)]) + params + streams[0], b"".join(codes) + streams[1]
+
+    def decoded(*groups):
+        params, payload = stored(*groups)
+        return decode_residual(memoryview(params), memoryview(payload), prediction, WIDTHS[unit])[0]
+
+    four = (15, 7, 15, 7, 7, 15, 7, 7, 7, 15)
+    expected = int("05" * unit, 16)
+    assert decoded((255, four, 4)).tolist() == [expected if c == 15 else 0 for c in four]
+    for count in (1, 2, 3, 5, 6, 9, 10, 11, 1 << 16, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF):
+        with pytest.raises(FormatError):
+            decoded((255, four, count))
+    with pytest.raises(FormatError):
+        decoded((255, (7,) * 10, 1))
+    # Codes that only fill up the last byte are none.
+    prediction = np.zeros(9, f"<u{unit}")
+    assert decoded((255, four[:9], 3)).tolist() == [expected if c == 15 else 0 for c in four[:9]]
+
+
+def test_numbers_of_escapes_that_are_right_in_sum_only(kernels):
+    prediction = np.array([0] * 5 + [0x3F80] * 5, "<u2")
+    codes = b"\x7f\x7f\x07", b"\x7f\x77\x07"  # two escapes, and one
+
+    def decoded(first, second):
+        params = b"\2" + b"".join(
+            group(last, 5, 4) + struct.pack("<I", count) + plane(0, 3)
+            for last, count in ((100, first), (255, second))
+        )
+        payload = b"".join(codes) + bytes([1, 2, 3]) + b"\x80"
+        return decode_residual(
+            memoryview(params + plane(0, 3) + plane(1, 1)),
+            memoryview(payload),
+            prediction,
+            Dtype.BF16,
+        )[0]
+
+    found = (decoded(2, 1) - prediction).astype("<i2").tolist()
+    assert found == [-127, 0, -126, 0, 0, -125, 0, 0, 0, 0]
+    for wrong in ((1, 2), (3, 1 << 32 - 1), (2, 2), (1, 1), (3, 1)):
+        with pytest.raises(FormatError):
+            decoded(*wrong)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The decoder's self-test passes here, and notices whatever decodes otherwise."""
 
 import time
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +12,9 @@ from fragfs.codec.selftest import check_decoder
 from fragfs.errors import FormatError, FragmentError, IntegrityError
 from fragfs.types import PREDICTORS_FROM_BASES, Dtype, Predictor
 from tests.codec import reference
-from tests.codec.families import unit_of
+from tests.codec.families import unit_of, without_kernels
 
+COMPILED = floats._kernels
 LIBRARY = {
     Dtype.BF16: ml_dtypes.bfloat16,
     Dtype.F16: np.float16,
@@ -147,15 +149,32 @@ class UnstableKernels:
             out[i] = (int(words[ends[group]]) + word) % (1 << 8 * width)
 
 
+def patch_nothing(width, values, marker, replacements):
+    return int(np.count_nonzero(values == values.dtype.type(marker)))
+
+
+class RoundingDown:
+    """A loop that cuts bf16 off instead of rounding to it."""
+
+    @staticmethod
+    def convert(inputs, scaled, form, out):
+        if form != 0:
+            COMPILED.convert(inputs, scaled, form, out)
+            return
+        wide = np.empty(out.size, "<u4")
+        COMPILED.convert(inputs, scaled, 4, wide)
+        out[:] = wide >> np.uint32(16)
+
+
 BROKEN = {
-    **{f"narrow {d.name}": (predict, "narrow", narrow_by_library(d)) for d in LIBRARY},
+    **{f"narrow {d.name}": (floats, "narrow", narrow_by_library(d)) for d in LIBRARY},
     **{
-        f"widen {d.name}": (predict, "widen", widen_by_library(d))
+        f"widen {d.name}": (floats, "widen", widen_by_library(d))
         for d in LIBRARY
         if d is not Dtype.BF16  # there is one way only
     },
     "widen bf16 flushing": (
-        predict,
+        floats,
         "widen",
         lambda words, dtype, right=floats.widen: np.where(
             np.abs(right(words, dtype)) < np.float32(2.0**-126), np.float32(0), right(words, dtype)
@@ -164,9 +183,11 @@ BROKEN = {
     "quantize rounding": (predict, "quantize", quantize_rounding_up),
     "quantize nan": (predict, "quantize", quantize_nan_as_minimum),
     "quantize wrapping": (predict, "quantize", quantize_wrapping),
-    "blend fused": (predict, "blend", blend_in_f64),
-    "blend infinities": (predict, "blend", blend_keeping_infinities),
-    "blend tiny": (predict, "blend", blend_with_tiny),
+    "blend fused": (floats, "blend", blend_in_f64),
+    "blend infinities": (floats, "blend", blend_keeping_infinities),
+    "blend tiny": (floats, "blend", blend_with_tiny),
+    **({"compiled rounding": (floats, "_kernels", RoundingDown)} if COMPILED else {}),
+    "escapes": (residual, "_kernels", SimpleNamespace(patch=patch_nothing)),
     "codes": (residual, "unpack_codes", unpack_high_bits_first),
     "bias": (residual, "_bias", lambda unit: 0x80),
     "groups": (groups, "_kernels", UnstableKernels),
@@ -181,7 +202,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_decodes_otherwise_is_noticed(name, monkeypatch):
-    monkeypatch.setattr(*BROKEN[name])
+    module, attribute, broken = BROKEN[name]
+    if module is floats:
+        # The compiled loops do without these functions.
+        without_kernels(monkeypatch)
+    monkeypatch.setattr(module, attribute, broken)
     with pytest.raises(IntegrityError) as caught:
         check_decoder()
     assert "this machine" in str(caught.value)

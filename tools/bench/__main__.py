@@ -1,9 +1,9 @@
 """Measure fragfs on this machine, beside other tools: `make bench`, `python -m tools.bench`.
 
 Prints the machine, the date and the command, then tables in Markdown, one per section: storage,
-codec, add, read, limits, with --large also large, and family only where it is asked for: it takes
-long. Works in a temporary directory and leaves nothing behind. Other tools are measured where they
-are installed: zipnn (a package), mksquashfs, borg.
+codec, delta, add, read, limits, with --large also large, and scale and family only where they are
+asked for: they take long. Works in a temporary directory and leaves nothing behind. Other tools are
+measured where they are installed: zipnn (a package), mksquashfs, borg.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tools.bench.family import LEVELS, FamilyOptions, measure_family
 from tools.bench.large import measure_large
 from tools.bench.limits import measure_limits
 from tools.bench.report import Table, describe_machine, list_targets
+from tools.bench.scale import measure_scale
 from tools.bench.setting import Setting
 from tools.bench.storage import measure_storage
 from tools.bench.transfer import measure_add, measure_read
@@ -42,10 +43,11 @@ SECTIONS: dict[str, Section] = {
     "read": measure_read,
     "limits": measure_limits,
     "large": measure_large,
+    "scale": measure_scale,
     "family": partial(measure_family, options=FamilyOptions()),
 }
 
-_NOT_BY_DEFAULT = {"large", "family"}
+_NOT_BY_DEFAULT = {"large", "scale", "family"}
 
 _MEBIBYTE = 1 << 20
 
