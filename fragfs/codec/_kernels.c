@@ -440,6 +440,11 @@ static PyObject *convert(PyObject *self, PyObject *args)
     for (; opened < input_count; opened++) {
         Input *input = &inputs[opened];
         PyObject *item = PySequence_GetItem(sequence, opened);
+        if (item && !PyTuple_Check(item)) {
+            Py_DECREF(item);
+            PyErr_SetString(PyExc_TypeError, "an input is a tuple");
+            goto done;
+        }
         int parsed = item && PyArg_ParseTuple(item, "Iy*f", &input->format, &input->buffer,
                                               &input->coefficient);
         Py_XDECREF(item);

@@ -50,7 +50,6 @@ decode at every read."""
 _BLENDS_TRIED = {Level.FAST: 1, Level.BALANCED: 2, Level.SMALL: 3}
 """Sets of bases tried on the sample, the best of those that a few words were fitted to."""
 _SCREEN_WORDS = 4096
-_FIT_STEP = 4
 _ESTIMATES_DIFFER = 1.1
 _WIDE_ESTIMATES_DIFFER = 1.5
 """Estimates that are closer than this are settled. They know nothing of runs, which decide between
@@ -383,9 +382,7 @@ def _try_blends(
             pairs = [(candidates[index].raw, candidates[index].dtype) for index in bases]
             sample = _Sample(covered_words(view, dtype, pairs))
             fitted = fit_blend(
-                sample.take(view, dtype)[::_FIT_STEP],
-                dtype,
-                [(sample.take(r, d)[::_FIT_STEP], d) for r, d in pairs],
+                sample.take(view, dtype), dtype, [(sample.take(r, d), d) for r, d in pairs]
             )
             predictions = [fitted] if fitted is not None else []
             if size == 2 and dtype.bits >= _EXTRAPOLATED_BITS_MIN:

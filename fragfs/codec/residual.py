@@ -325,9 +325,7 @@ def decode_residual(
             _read_planes(reader, values, room)
             np.subtract(values, values.dtype.type(_bias(unit)), out=values)
         elif bits in PACKED_BITS:
-            escape_count = _read_codes(reader, values, bits, room)
-            if escape_count:
-                escaped.append((values, bits, escape_count))
+            escaped.append((values, bits, _read_codes(reader, values, bits, room)))
         else:
             raise FormatError("unknown form of a group", remedy=_UPGRADE, actual=bits)
         last_keys.append(last_key)
@@ -423,15 +421,16 @@ def _read_escapes(
         room: As for `_read_planes`.
     """
     outside: Words = np.empty(sum(count for *_, count in escaped), escaped[0][0].dtype)
-    _read_planes(reader, outside, room)
-    np.subtract(outside, outside.dtype.type(_bias(outside.itemsize)), out=outside)
+    if outside.size:
+        _read_planes(reader, outside, room)
+        np.subtract(outside, outside.dtype.type(_bias(outside.itemsize)), out=outside)
     start = 0
     for values, bits, count in escaped:
         # What an escape code became is what no other code stands for.
         marker = escape_code(bits) - zero_code(bits)
         found = _patch(values, marker, outside[start : start + count])
         if found != count:
-            raise FormatError("escapes are missing", expected=count, actual=found)
+            raise FormatError("a wrong number of escapes", expected=count, actual=found)
         start += count
 
 

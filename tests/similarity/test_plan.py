@@ -192,9 +192,7 @@ def groups(draw):
     cost = st.floats(0.01, 20)
     solo = draw(st.lists(cost, min_size=count, max_size=count))
     pairs = [(i, (b,)) for i in range(count) for b in range(count) if i != b]
-    against = {
-        pair: draw(cost) for pair in pairs if draw(st.integers(0, 3))
-    }
+    against = {pair: draw(cost) for pair in pairs if draw(st.integers(0, 3))}
     fixed = draw(st.dictionaries(st.integers(0, count - 1), st.integers(0, 3), max_size=count))
     against = {pair: value for pair, value in against.items() if pair[0] not in fixed}
     blended = {

@@ -86,7 +86,9 @@ def sources() -> dict[str, dict[str, bytes]]:
             "noise.bin": rng.bytes(600),
         },
         "tuned": {"model.safetensors": safetensors(one, kind)},
-        "gone": {"model.safetensors": safetensors({"norm.weight": base["norm.weight"][::-1]}, kind)},
+        "gone": {
+            "model.safetensors": safetensors({"norm.weight": base["norm.weight"][::-1]}, kind)
+        },
     }
     if LIBRARY_FORMAT_VERSION > 1:
         models |= {
@@ -104,9 +106,7 @@ def make(directory: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         config = LibraryConfig(fragment_elements=4096)
-        with FragmentLibrary.create(
-            place / "library", config, now_ns=lambda: ADDED_NS
-        ) as library:
+        with FragmentLibrary.create(place / "library", config, now_ns=lambda: ADDED_NS) as library:
             for name, files in sources().items():
                 for path, data in files.items():
                     file = place / "sources" / name / path
