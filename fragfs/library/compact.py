@@ -9,6 +9,7 @@ there: it looks the place up again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fragfs.library.manifests import parse_manifest
 from fragfs.library.packs import PACKS_NAME, PackReader, pack_name, scan_records
 from fragfs.library.publish import pack_current_manifest
 from fragfs.library.records import (
+    PACK_FOOTER,
     PACK_HEADER,
     RecordKind,
     RetiredBatch,
@@ -36,9 +38,18 @@ from fragfs.types import FragmentId, FragmentMetadata
 
 __all__ = ["Compactor"]
 
+log = logging.getLogger(__name__)
+
 _GARBAGE_SHARE_MIN = 0.02
 _GARBAGE_BYTES_MIN = 64 << 10
 """Packs with less to give back are left alone: giving it back means copying all the rest."""
+
+
+_OVERHEAD = (RecordKind.BATCH_TRAILER, RecordKind.RETIREMENT, RecordKind.PACK_INDEX)
+
+
+def _pays(waste: int, size: int) -> bool:
+    return waste >= max(_GARBAGE_BYTES_MIN, _GARBAGE_SHARE_MIN * size)
 
 
 @dataclass(slots=True)
@@ -49,11 +60,13 @@ class _Contents:
         manifests: Names of models, and the size of the newest manifest of each.
         removals: Names of models that were removed or renamed.
         batches: The batches in it, and those it vouches for since their packs are gone.
+        overhead: Bytes of what every pack has besides.
     """
 
     manifests: dict[bytes, int]
     removals: set[bytes]
     batches: list[RetiredBatch]
+    overhead: int
 
 
 class Compactor:
@@ -91,18 +104,28 @@ class Compactor:
             Packs that were left alone because a record in them is damaged, with the reason.
         """
         kept = []
-        for number in self._wasteful():
-            with self._start_batch() as batch:
-                try:
-                    self._copy(batch, number)
-                except FragmentError as error:
-                    if isinstance(error, StorageError) and error.retryable:
-                        raise
-                    kept.append((number, error.message))
+        for number in self._candidates():
+            try:
+                contents = self._contents(number)
+                if not self._is_wasteful(number, contents):
                     continue
+                self._check_records(number)
+            except FragmentError as error:
+                if isinstance(error, StorageError) and error.retryable:
+                    raise
+                # The pack may be all that is left of what is damaged in it.
+                kept.append((number, error.message))
+                continue
+            with self._start_batch() as batch:
+                self._copy(batch, number, contents)
                 batch.commit()
-        self._publish_snapshot()
-        self._remove_retired()
+        try:
+            self._publish_snapshot()
+        except StorageError as error:
+            # Readers of the old copy would miss the packs: the next run removes them.
+            log.warning("retired packs stay for now: %s", error)
+        else:
+            self._remove_retired()
         return tuple(kept)
 
     def pack_bytes(self) -> int:
@@ -111,38 +134,69 @@ class Compactor:
             self._files.size(self._directory / name) for name in self._files.names(self._directory)
         )
 
-    def _wasteful(self) -> list[int]:
-        """Numbers of the packs with enough to give back."""
-        live = dict(
-            self._catalog.rows("SELECT pack, sum(record_size) FROM fragments GROUP BY pack")
-        )
+    def _candidates(self) -> list[int]:
+        """Numbers of packs with enough in them that is no fragment that counts."""
+        live = self._live_bytes()
         there = set(self._files.names(self._directory))
         found = []
         for number, state in self._catalog.rows("SELECT number, state FROM packs"):
             name = pack_name(number)
-            if state == PackState.RETIRED or name not in there:
-                continue
-            size = self._files.size(self._directory / name)
-            waste = size - int(live.get(number, 0))
-            if waste >= max(_GARBAGE_BYTES_MIN, _GARBAGE_SHARE_MIN * size):
-                waste -= self._current_manifest_bytes(number)
-                if waste >= max(_GARBAGE_BYTES_MIN, _GARBAGE_SHARE_MIN * size):
+            if state != PackState.RETIRED and name in there:
+                size = self._files.size(self._directory / name)
+                if _pays(size - live.get(number, 0), size):
                     found.append(number)
         return found
 
-    def _current_manifest_bytes(self, number: int) -> int:
-        """What the newest manifests in a pack would take again elsewhere."""
-        contents = self._contents(number)
-        return sum(size for name, size in contents.manifests.items() if self._is_model(name))
+    def _live_bytes(self) -> dict[int, int]:
+        """Bytes of records that count, by pack."""
+        return dict(
+            self._catalog.rows("SELECT pack, sum(record_size) FROM fragments GROUP BY pack")
+        )
+
+    def _is_wasteful(self, number: int, contents: _Contents) -> bool:
+        """Whether giving a pack back frees enough: some of it would be written again elsewhere."""
+        size = self._files.size(self._directory / pack_name(number))
+        manifests = sum(size for name, size in contents.manifests.items() if self._is_model(name))
+        again = self._live_bytes().get(number, 0) + manifests + contents.overhead
+        return _pays(size - again, size)
+
+    def _check_records(self, number: int) -> None:
+        """Check all records that would be copied, before anything is.
+
+        Raises:
+            FragmentError: One is damaged.
+        """
+        for metadata in self._fragments(number):
+            self._read(metadata)
+
+    def _fragments(self, number: int) -> list[FragmentMetadata]:
+        return [
+            FragmentMetadata(row[0], FragmentId(row[1]), *row[2:])
+            for row in self._catalog.rows(
+                "SELECT number, id, pack, offset, record_size, raw_size, predictor FROM fragments"
+                " WHERE pack = ? ORDER BY offset",
+                (number,),
+            )
+        ]
+
+    def _read(self, metadata: FragmentMetadata) -> bytes:
+        record = self._packs.read(metadata.pack, metadata.offset, metadata.record_size)
+        parse_fragment_record(record, f"pack {metadata.pack} at offset {metadata.offset}")
+        return record
 
     def _contents(self, number: int) -> _Contents:
         """Everything in the committed part of a pack that is no fragment."""
         row = self._catalog.row("SELECT committed_size FROM packs WHERE number = ?", (number,))
         end = int(row[0]) if row else 0
-        found = _Contents({}, set(), [])
+        found = _Contents({}, set(), [], PACK_HEADER.size)
         descriptor = self._files.open_read(self._directory / pack_name(number))
+        reached = PACK_HEADER.size
         try:
             for record in scan_records(self._files, descriptor, PACK_HEADER.size, end):
+                reached = record.offset + record.header.record_size
+                found.overhead += (
+                    record.header.record_size if record.header.kind in _OVERHEAD else 0
+                )
                 kind = record.header.kind
                 if kind is RecordKind.BATCH_TRAILER:
                     trailer = parse_batch_trailer(record.data)
@@ -174,28 +228,23 @@ class Compactor:
                     found.batches += parse_retirement(payload)
         finally:
             self._files.close(descriptor)
+        if end - reached not in (0, PACK_FOOTER.size):
+            raise IntegrityError(
+                f"no readable record in pack {number} at offset {reached}: what lies behind it is"
+                " not known",
+                offset=reached,
+                remedy="restore the pack from a backup",
+            )
         return found
 
     def _is_model(self, name: bytes) -> bool:
         return self._catalog.row("SELECT 1 FROM models WHERE name = ?", (name,)) is not None
 
-    def _copy(self, batch: Batch, number: int) -> None:
-        """Append copies of all that counts in a pack, and retire it.
-
-        Raises:
-            FragmentError: A record is damaged: the pack may be all that is left of it.
-        """
+    def _copy(self, batch: Batch, number: int, contents: _Contents) -> None:
+        """Append copies of all that counts in a pack, and retire it."""
         batch.retire_pack(number)
-        for row in self._catalog.rows(
-            "SELECT number, id, pack, offset, record_size, raw_size, predictor FROM fragments"
-            " WHERE pack = ? ORDER BY offset",
-            (number,),
-        ):
-            metadata = FragmentMetadata(row[0], FragmentId(row[1]), *row[2:])
-            record = self._packs.read(number, metadata.offset, metadata.record_size)
-            parse_fragment_record(record, f"pack {number} at offset {metadata.offset}")
-            batch.move_fragment(metadata, record)
-        contents = self._contents(number)
+        for metadata in self._fragments(number):
+            batch.move_fragment(metadata, self._read(metadata))
         for name in sorted(contents.manifests.keys() | contents.removals):
             if self._is_model(name):
                 manifest = pack_current_manifest(self._catalog, name)

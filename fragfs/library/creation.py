@@ -9,6 +9,7 @@ from pathlib import Path
 from fragfs.errors import UsageError
 from fragfs.library.catalog import CATALOG_NAME, create_catalog
 from fragfs.library.files import Files
+from fragfs.library.lease import LEASES_NAME, make_lease_file
 from fragfs.library.packs import PACKS_NAME
 from fragfs.library.writer import STAGING_NAME
 from fragfs.types import LibraryConfig
@@ -35,7 +36,7 @@ def create_library(files: Files, directory: Path, config: LibraryConfig, now_ns:
         if not parent.exists():
             files.make_directory(parent)
     staging = directory / STAGING_NAME
-    leftovers = set(files.names(directory)) - {STAGING_NAME, PACKS_NAME}
+    leftovers = set(files.names(directory)) - {STAGING_NAME, PACKS_NAME, LEASES_NAME}
     if (directory / PACKS_NAME).exists() and files.names(directory / PACKS_NAME):
         leftovers.add(PACKS_NAME)
     if CATALOG_NAME in leftovers:
@@ -50,6 +51,7 @@ def create_library(files: Files, directory: Path, config: LibraryConfig, now_ns:
         )
     files.make_directory(directory / PACKS_NAME)
     files.make_directory(staging)
+    make_lease_file(directory)
     temporary = staging / f"{CATALOG_NAME}.{os.getpid()}"
     files.unlink(temporary)
     create_catalog(temporary, uuid_module.uuid4().bytes, config, now_ns)

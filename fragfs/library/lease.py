@@ -15,10 +15,17 @@ from pathlib import Path
 
 from fragfs.library.files import storage_error
 
-__all__ = ["LEASES_NAME", "hold_lease", "no_leases"]
+__all__ = ["LEASES_NAME", "hold_lease", "make_lease_file", "no_leases"]
 
 LEASES_NAME = "leases"
 _FILE_NAME = "shared"
+
+
+def make_lease_file(directory: Path) -> None:
+    """Make what is locked, so that those can hold a lease who may only read."""
+    descriptor = _open(directory)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 @contextmanager

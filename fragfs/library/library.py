@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from fragfs.errors import NotFoundError, StorageError
+from fragfs.errors import FragmentError, NotFoundError, StorageError
 from fragfs.library import tree
 from fragfs.library.catalog import (
     Catalog,
@@ -515,13 +515,20 @@ class FragmentLibrary:
             self._packs,
             self._decoder,
             self._writer,
-            self._publish_snapshot,
         ).optimize(
             level,
-            (layer for model in self.models() for layer in self.manifest(model.name).layers),
+            self._readable_layers(),
             workers or _cores(),
             progress,
         )
+
+    def _readable_layers(self) -> Iterator[LayerMapping]:
+        """The named tensors of every model that can be read."""
+        for model in self.models():
+            try:
+                yield from self.manifest(model.name).layers
+            except FragmentError:
+                continue  # damaged, or removed meanwhile: `verify` tells
 
     def hold_lease(self) -> AbstractContextManager[None]:
         """Keep what is open readable, whatever is removed: for as long as the context lasts."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 
 from fragfs.codec.choose import (
@@ -108,12 +108,17 @@ class _Member:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """What became of a group: its changes, and what they take more or less."""
+    """What became of a group.
+
+    Attributes:
+        examined: Fragments that were planned.
+        raw_bytes: Their bytes.
+        changes: What shall change; those in one list together or not at all.
+    """
 
     examined: int
     raw_bytes: int
-    changes: list[Replacement] = field(default_factory=list)
-    gain_bytes: int = 0
+    changes: list[list[Replacement]] = field(default_factory=list)
 
 
 class Optimizer:
@@ -168,9 +173,8 @@ class Optimizer:
         for result in self._plan_groups():
             examined += result.examined
             self._progress.advance(result.raw_bytes)
-            if result.changes:
-                waiting.append(result.changes)
-                waiting_bytes += sum(len(c.fragment.payload) for c in result.changes)
+            waiting += result.changes
+            waiting_bytes += sum(len(c.fragment.payload) for one in result.changes for c in one)
             if waiting_bytes >= _COMMIT_BYTES:
                 changed += self._commit(waiting)
                 waiting, waiting_bytes = [], 0
@@ -193,6 +197,8 @@ class Optimizer:
 
     def _sign_unsigned(self) -> None:
         """Sign what an older fragfs has stored without a signature and nothing is predicted for."""
+        if self._config.closure_max < 2:
+            return  # nothing can serve as a base
         found: dict[int, FragmentSignature] = {}
         for (number,) in self._catalog.rows(
             "SELECT number FROM fragments WHERE number NOT IN (SELECT fragment FROM signatures)"
@@ -243,24 +249,31 @@ class Optimizer:
         if seed is None:
             return []
         found = {number: seed}
-        matches = self._index.query(seed.signature, count=_MEMBERS_MAX, exclude=(number,))
-        near = [match.fragment for match in matches]
-        linked = [
-            other
-            for member in (number, *near)
-            for other in (*self._catalog.bases(member), *self._catalog.dependents(member))
-        ]
+        waiting = deque([seed])
         held = seed.metadata.raw_size
-        for other in dict.fromkeys((*seed.bases, *near, *linked)):
-            if len(found) >= _MEMBERS_MAX or held >= _MEMBERS_BYTES_MAX:
-                break
-            if other in found or other not in self._named:
-                continue
-            member = self._member(other)
-            if member is not None:
+        # What resembles each of them as well: a key gives no more than its oldest and newest rows.
+        while waiting and len(found) < _MEMBERS_MAX and held < _MEMBERS_BYTES_MAX:
+            for other in self._related(waiting.popleft()):
+                if len(found) >= _MEMBERS_MAX or held >= _MEMBERS_BYTES_MAX:
+                    break
+                if other in found or other not in self._named:
+                    continue
+                member = self._member(other)
+                if member is None:
+                    continue
                 found[other] = member
                 held += member.metadata.raw_size
+                if not member.fixed:
+                    waiting.append(member)
         return list(found.values())
+
+    def _related(self, member: _Member) -> Iterator[int]:
+        """Numbers of fragments that resemble one, or that predict it or are predicted from it."""
+        number = member.metadata.number
+        yield from member.bases
+        for match in self._index.query(member.signature, count=_MEMBERS_MAX, exclude=(number,)):
+            yield match.fragment
+        yield from self._catalog.dependents(number)
 
     def _member(self, number: int) -> _Member | None:
         """A fragment, decoded; None if it is damaged, or has no numbers to compare."""
@@ -313,18 +326,27 @@ class Optimizer:
                 gain += member.metadata.record_size - _record_size(change)
         gain += self._left_over(members, changes)
         if gain < _GAIN_MIN * old_bytes and not (self._all_anew and self._level is Level.FAST):
-            return _Result(len(free), raw_bytes)
-        return _Result(len(free), raw_bytes, changes, gain)
+            # Not worth it as a whole, but what pays by itself need not wait for the rest.
+            return _Result(len(free), raw_bytes, [[one] for one in changes if self._pays(one)])
+        return _Result(len(free), raw_bytes, [changes] if changes else [])
+
+    def _pays(self, change: Replacement) -> bool:
+        old = self._catalog.find_fragment(change.fragment.id)
+        return old is not None and _record_size(change) < old.record_size * (1 - _GAIN_MIN)
 
     def _left_over(self, members: list[_Member], changes: Sequence[Replacement]) -> int:
         """Record bytes of bases that are in no file any more, and that nothing needs after this."""
         changed = {change.number for change in changes}
         bases = {base for member in members for base in member.bases if base not in self._named}
-        return sum(
-            self._catalog.fragment(base).record_size
-            for base in bases
-            if changed.issuperset(self._catalog.dependents(base))
+        dropped = [base for base in bases if changed.issuperset(self._catalog.dependents(base))]
+        sizes = dict(
+            row
+            for base in dropped
+            for row in self._catalog.rows(
+                "SELECT number, record_size FROM fragments WHERE number = ?", (base,)
+            )
         )
+        return sum(sizes.values())
 
     def _estimate(self, members: list[_Member]) -> Group:
         """What each member costs from nothing, and from those it is most likely predicted from."""
@@ -414,7 +436,7 @@ class Optimizer:
     # --- writing
 
     def _commit(self, groups: list[list[Replacement]]) -> int:
-        """Write some groups' changes; gives how many fragments changed."""
+        """Write changes that belong together; gives how many fragments changed."""
         if not groups:
             return 0
         count = 0
@@ -422,10 +444,15 @@ class Optimizer:
             for changes in groups:
                 try:
                     count += len(batch.replace_fragments(changes))
+                    continue
                 except LimitError:
                     # Fragments outside the group depend on it, or another command was quicker.
-                    continue
-            batch.commit()
+                    alone = [one for one in changes if len(changes) > 1 and self._pays(one)]
+                for one in alone:
+                    with suppress(LimitError):
+                        count += len(batch.replace_fragments([one]))
+            if count:
+                batch.commit()
         return count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,8 +32,7 @@ class Reorganizer:
         catalog: Its catalog.
         packs: Reads its packs.
         decoder: Decodes its fragments.
-        writer: Begins batches.
-        publish_snapshot: Brings the copy for readers without write access up to date.
+        writer: Begins batches, and brings the copy for readers without write access up to date.
     """
 
     def __init__(
@@ -44,14 +43,13 @@ class Reorganizer:
         packs: PackReader,
         decoder: FragmentDecoder,
         writer: LibraryWriter,
-        publish_snapshot: Callable[[], None],
     ) -> None:
         self._directory = directory
         self._catalog = catalog
         self._decoder = decoder
         self._writer = writer
         self._compactor = Compactor(
-            files, directory, catalog, packs, writer.batch, publish_snapshot
+            files, directory, catalog, packs, writer.batch, writer.publish_snapshot
         )
 
     def optimize(

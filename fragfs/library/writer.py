@@ -148,6 +148,12 @@ class Batch:
             LimitError: Decoding one of them, or a fragment predicted from one, would take more
                 fragments than the library allows, or a base is gone; nothing was appended.
         """
+        for change in changes:
+            found = self._pending.get(change.fragment.id) or self._catalog.find_fragment(
+                change.fragment.id
+            )
+            if found is None or found.number != change.number:
+                raise LimitError(f"fragment {change.fragment.id.short} is not there any more")
         bases = {change.number: self._base_numbers(change.fragment) for change in changes}
 
         def changed(number: int) -> tuple[int, ...]:
@@ -341,10 +347,18 @@ class Batch:
         connection.execute("DROP TABLE dropped")
 
     def _insert_signatures(self, connection: sqlite3.Connection) -> None:
+        limit = self._writer.config.closure_max
+        moved = [number for number in self._moved if number in self._bases]
+        too_deep = {
+            number
+            for number in (*moved, *self._all_dependents(moved))
+            if len(closure_of([number], self.bases)) >= limit
+        }
+        self._delete_signatures(connection, too_deep)
         signed = {
             number: signature
             for number, signature in self._signatures.items()
-            if signature is not None
+            if signature is not None and number not in too_deep
         }
         connection.executemany(
             "INSERT OR REPLACE INTO signatures VALUES (?, ?)",
@@ -355,6 +369,13 @@ class Batch:
             "INSERT OR IGNORE INTO similar VALUES (?, ?)",
             sorted((key, number) for number, signature in signed.items() for key in signature.keys),
         )
+
+    def _delete_signatures(self, connection: sqlite3.Connection, numbers: set[int]) -> None:
+        """What reads as many fragments as are allowed serves as a base no more."""
+        for table in ("signatures", "similar"):
+            connection.executemany(
+                f"DELETE FROM {table} WHERE fragment = ?", ((number,) for number in numbers)
+            )
 
     def close(self) -> None:
         """Let go of the pack."""

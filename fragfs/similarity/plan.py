@@ -14,6 +14,7 @@ from dataclasses import dataclass
 __all__ = ["Group", "plan_group"]
 
 _ROUNDS_MAX = 8
+_HUBS_MAX = 4
 _GAIN_MIN = 0.01
 """A member moves to other bases if that saves this share of what it costs."""
 
@@ -45,43 +46,72 @@ def plan_group(
     Args:
         group: The members and their costs.
         closure_max: Most fragments that reading one may take.
-        find_blends: Costs of a member predicted from several of some others, asked for when those
-            are settled as its likely bases.
+        find_blends: Costs of a member predicted from several of some others, given cheapest first.
 
     Returns:
         The bases of each member, () for those stored from nothing; fixed members get ().
     """
-    plan = _best_star(group, closure_max)
-    costs = dict(group.against)
-    for round_number in range(_ROUNDS_MAX):
-        moved = _improve(group, costs, plan, closure_max)
-        if round_number == 0:
-            moved |= _add_blends(group, costs, plan, find_blends)
-        if not moved:
-            break
-    return [plan.get(index, ()) for index in range(len(group.solo))]
-
-
-def _best_star(group: Group, closure_max: int) -> dict[int, tuple[int, ...]]:
-    """Everyone predicted from one hub, or from nothing where that is cheaper."""
-    members = [index for index in range(len(group.solo)) if index not in group.fixed]
+    costs = {**group.against, **_blend_costs(group, find_blends)}
     best: dict[int, tuple[int, ...]] = {}
-    best_cost = sum(group.solo[index] for index in members)
+    best_cost = _total(group, costs, best)
+    for star in _stars(group, closure_max):
+        plan = star
+        for _ in range(_ROUNDS_MAX):
+            if not _improve(group, costs, plan, closure_max):
+                break
+        cost = _total(group, costs, plan)
+        if cost < best_cost:
+            best, best_cost = plan, cost
+    return [best.get(index, ()) for index in range(len(group.solo))]
+
+
+def _total(
+    group: Group,
+    costs: Mapping[tuple[int, tuple[int, ...]], float],
+    plan: Mapping[int, tuple[int, ...]],
+) -> float:
+    return sum(
+        costs[index, plan[index]] if index in plan else group.solo[index]
+        for index in range(len(group.solo))
+        if index not in group.fixed
+    )
+
+
+def _stars(group: Group, closure_max: int) -> list[dict[int, tuple[int, ...]]]:
+    """Everyone predicted from one hub, or from nothing where that is cheaper; the best few hubs.
+
+    Not only the best: a merge lies between its parents, close to everyone, and costs most as a hub.
+    """
+    found = []
     for hub in range(len(group.solo)):
         if group.fixed.get(hub, 0) + 2 > closure_max:
             continue
-        plan: dict[int, tuple[int, ...]] = {}
-        total = 0.0
-        for index in members:
-            cost = group.against.get((index, (hub,)), float("inf"))
-            if index != hub and cost < group.solo[index]:
-                plan[index] = (hub,)
-                total += cost
-            else:
-                total += group.solo[index]
-        if total < best_cost:
-            best, best_cost = plan, total
-    return best
+        plan = {
+            index: (hub,)
+            for index in range(len(group.solo))
+            if index not in group.fixed
+            and index != hub
+            and group.against.get((index, (hub,)), float("inf")) < group.solo[index]
+        }
+        found.append((_total(group, group.against, plan), hub, plan))
+    found.sort(key=lambda star: star[:2])
+    return [plan for *_, plan in found[:_HUBS_MAX]]
+
+
+def _blend_costs(
+    group: Group,
+    find_blends: Callable[[int, Sequence[int]], Mapping[tuple[int, ...], float]],
+) -> dict[tuple[int, tuple[int, ...]], float]:
+    """What members cost predicted from several of their cheapest bases."""
+    singles: dict[int, list[tuple[float, int]]] = {}
+    for (member, bases), cost in group.against.items():
+        if len(bases) == 1 and member not in group.fixed:
+            singles.setdefault(member, []).append((cost, bases[0]))
+    return {
+        (member, bases): cost
+        for member, found in singles.items()
+        for bases, cost in find_blends(member, [base for _, base in sorted(found)]).items()
+    }
 
 
 def _improve(
@@ -144,25 +174,3 @@ def _closure(plan: Mapping[int, tuple[int, ...]], index: int) -> set[int] | None
                 found.add(base)
                 waiting.append(base)
     return found | {index}
-
-
-def _add_blends(
-    group: Group,
-    costs: dict[tuple[int, tuple[int, ...]], float],
-    plan: Mapping[int, tuple[int, ...]],
-    find_blends: Callable[[int, Sequence[int]], Mapping[tuple[int, ...], float]],
-) -> bool:
-    """Ask for blends of each member's cheapest bases; True if there are any."""
-    found = False
-    for index in range(len(group.solo)):
-        if index in group.fixed or not plan.get(index):
-            continue
-        singles = sorted(
-            (cost, bases[0])
-            for (member, bases), cost in costs.items()
-            if member == index and len(bases) == 1
-        )
-        for bases, cost in find_blends(index, [base for _, base in singles]).items():
-            costs[index, bases] = cost
-            found = True
-    return found

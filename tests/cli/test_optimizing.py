@@ -114,7 +114,7 @@ def test_a_damaged_pack_is_a_warning(filled):
     with FragmentLibrary.open(filled.library) as library:
         [entry] = [e for e in library.files("base") if e.path == b"model.safetensors"]
         extents = library.open_content(entry.content).extents
-        metadata = library.fragment(max(extent.fragment for extent in extents))
+        metadata = library.fragment(extents[len(extents) - 1].fragment)
     path = filled.library / "packs" / f"{metadata.pack:010d}.pack"
     with path.open("r+b") as stream:
         stream.seek(metadata.offset + metadata.record_size - 40)

@@ -159,11 +159,11 @@ def test_killing_optimize_at_random_moments(prepared, tmp_path):
     duration_s = time.monotonic() - started
     moments = random.Random(7)
     killed = 0
-    for attempt in range(8):
+    for attempt in range(6):
         path = copied(prepared, tmp_path / f"kill{attempt}")
         process = run_optimize(path)
         time.sleep((0.4 + 0.6 * moments.random()) * duration_s)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         check_whole(path, prepared)
-    assert killed >= 4
+    assert killed >= 3

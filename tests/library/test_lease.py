@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from fragfs.library import catalog
 from fragfs.library.add import AddOptions
 from fragfs.library.lease import LEASES_NAME, hold_lease, no_leases
 from fragfs.library.library import FragmentLibrary
@@ -105,6 +107,11 @@ def test_a_new_library_has_one_to_hold(tmp_path):
     """A mount of another user, made before the owner's first add, must find something to lock."""
     FragmentLibrary.create(tmp_path / "lib").close()
     assert (tmp_path / "lib" / LEASES_NAME / "shared").exists()
+
+
+def test_the_format_document_names_it():
+    listing = (Path(catalog.__file__).parent / "FORMAT.md").read_text().split("## Packs")[0]
+    assert f"{LEASES_NAME}/" in listing.split("## The directory")[1]
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Makes a golden library of the format that the installed fragfs writes: `python make.py DIRECTORY`.
+"""Makes a golden library of the format that the imported fragfs writes: `make.py DIRECTORY`.
 
-It was run once for each version of the format, with the fragfs of that version, and what it wrote is
-never made again: libraries of every version must stay readable. Everything here runs with every
+It was run once for each version of the format, with the fragfs of that version, and what it wrote
+is never made again: libraries of every version must stay readable. Everything here runs with every
 fragfs there ever was. `library.tar.gz` is the library, `expected.json` what its files are.
 """
 
