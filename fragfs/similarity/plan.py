@@ -2,8 +2,9 @@
 
 Adding plans one fragment at a time, with what was there before it. Here all members of a group are
 known: which of them to store from nothing, and which from which others, so that the sum is small
-and no read takes more fragments than allowed. It starts from the best star (one hub, everyone else
-predicted from it) and then lets each member move to cheaper bases while that pays.
+and no read takes more fragments than allowed. It starts from the best stars (one hub, everyone
+else predicted from it), lets each member move to cheaper bases while that pays, and takes the
+cheapest outcome.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _stars(group: Group, closure_max: int) -> list[dict[int, tuple[int, ...]]]:
     for hub in range(len(group.solo)):
         if group.fixed.get(hub, 0) + 2 > closure_max:
             continue
-        plan = {
+        plan: dict[int, tuple[int, ...]] = {
             index: (hub,)
             for index in range(len(group.solo))
             if index not in group.fixed
