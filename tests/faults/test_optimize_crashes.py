@@ -125,7 +125,7 @@ def test_a_power_cut_at_any_operation_loses_nothing(prepared, tmp_path, shift):
         library.close()
         files.lose_unsynced(keep_fraction=(0, 0.5, 1)[stop_after // 2 % 3])
         after = check_whole(path, prepared)
-        assert after < done + 400_000, "at most what one interrupted batch had written is left"
+        assert after <= 2 * done + 10_000, "at most what one interrupted batch had written is left"
 
 
 def test_a_power_cut_while_the_level_changes_loses_nothing(prepared, tmp_path):

@@ -132,6 +132,7 @@ def test_an_empty_library(create):
     assert (report.examined_count, report.changed_count, report.before_bytes) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_base_that_came_after_its_fine_tune(create):
     library = create("tuned", "copy", "base")
     before = record_bytes(library)
@@ -151,6 +152,7 @@ def test_an_int8_copy_that_came_before_its_original(create):
     check(library)
 
 
+@pytest.mark.slow
 def test_an_int8_copy_is_found_whatever_else_is_there(create):
     """A plan that is worse for the others must not cost the copy its original."""
     library = create(*reversed(ORDER))
@@ -159,6 +161,7 @@ def test_an_int8_copy_is_found_whatever_else_is_there(create):
     check(library)
 
 
+@pytest.mark.slow
 def test_a_narrow_copy_that_came_before_its_original(create):
     library, other = create("copy", "base"), create("base", "copy")
     optimize(library)
@@ -211,6 +214,7 @@ def test_closures_stay_within_the_limit(create, closure_max):
     check(library)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closure_max", [1, 2, 3])
 def test_only_what_may_serve_as_a_base_is_signed(create, closure_max):
     """FORMAT.md, "Signatures": closures of signed fragments are smaller than the limit."""
@@ -276,6 +280,7 @@ def test_the_librarys_own_level_is_not_another_one(create):
 # --- what it leaves alone
 
 
+@pytest.mark.slow
 def test_signatures_of_format_1_are_made(tmp_path, sources):
     config = LibraryConfig(fragment_elements=ELEMENTS)
     with FragmentLibrary.create(tmp_path / "lib", config) as library:
@@ -298,6 +303,7 @@ def largest(library: FragmentLibrary, model: str) -> int:
     return max(numbers, key=lambda number: library.fragment(number).record_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [5, 60, 300])
 def test_a_damaged_fragment_is_left_alone(create, at):
     library = create("int8", "tuned", "base")
@@ -343,6 +349,7 @@ def test_a_missing_pack_does_not_stop_it(create, sources):
 # --- others at the same time
 
 
+@pytest.mark.slow
 def test_what_another_run_drops_meanwhile_stays_gone(create, tmp_path, monkeypatch):
     """One run has planned changes to fragments that another one drops before they are written."""
     library = create("int8", "base")

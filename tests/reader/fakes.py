@@ -3,6 +3,7 @@
 import threading
 import time
 from array import array
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -53,6 +54,9 @@ class FakeLibrary:
 
     def __exit__(self, *_):
         self.close()
+
+    def hold_lease(self):
+        return nullcontext()
 
     def close(self):
         pass

@@ -98,6 +98,7 @@ def test_every_predictor_is_in_the_golden_library_of_format_2(path):
     assert found == set(Predictor)
 
 
+@pytest.mark.slow
 def test_a_golden_library_takes_an_add_and_optimizes(path, version, tmp_path):
     models = expected(version)
     source = tmp_path / "new"
