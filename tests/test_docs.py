@@ -30,6 +30,7 @@ PUBLIC_NAMES = set(
 FOREIGN_OPTIONS = {
     "--keep",  # of tools/demo.py
     "--large",  # of tools/bench
+    "--section",  # of tools/bench
     # vLLM and SGLang
     "--safetensors-load-strategy",
     "--weight-loader-prefetch-checkpoints",

@@ -206,5 +206,6 @@ def _mantissas(
     for count in rows:
         words = rng.integers(0, 1 << 64, count * _ROW // 4, np.uint64)
         words &= np.uint64(0x007F007F007F007F)
-        words |= upper[: words.size]
+        # Turned by some words each time: fragments with equal signs and exponents are siblings.
+        words |= np.roll(upper, int(rng.integers(1, upper.size)))[: words.size]
         yield words.tobytes()
