@@ -105,18 +105,19 @@ class Compactor:
         """
         kept = []
         for number in self._candidates():
-            try:
-                contents = self._contents(number)
-                if not self._is_wasteful(number, contents):
-                    continue
-                self._check_records(number)
-            except FragmentError as error:
-                if isinstance(error, StorageError) and error.retryable:
-                    raise
-                # The pack may be all that is left of what is damaged in it.
-                kept.append((number, error.message))
-                continue
+            # Under the lock from the first look on: what others write into the pack must be seen.
             with self._start_batch() as batch:
+                try:
+                    contents = self._contents(number)
+                    if not self._is_wasteful(number, contents):
+                        continue
+                    self._check_records(number)
+                except FragmentError as error:
+                    if isinstance(error, StorageError) and error.retryable:
+                        raise
+                    # The pack may be all that is left of what is damaged in it.
+                    kept.append((number, error.message))
+                    continue
                 self._copy(batch, number, contents)
                 batch.commit()
         try:

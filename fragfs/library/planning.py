@@ -287,14 +287,14 @@ class BasePlanner:
         for _ in range(CLOSURE_LIMIT):
             if number in self._pending_ids:
                 break
-            metadata = self._catalog.fragment(number)
-            bases = self._catalog.bases(number)
-            if len(bases) != 1 or metadata.record_size > metadata.raw_size * _COPY_SHARE_MAX:
-                break
             try:
+                metadata = self._catalog.fragment(number)
+                bases = self._catalog.bases(number)
+                if len(bases) != 1 or metadata.record_size > metadata.raw_size * _COPY_SHARE_MAX:
+                    break
                 original = self._decoder.read_header(self._catalog.fragment(bases[0]))
             except FragmentError:
-                break
+                break  # damaged, or dropped meanwhile
             number, dtype = bases[0], original.dtype
         return number, dtype
 
