@@ -184,7 +184,6 @@ class BasePlanner:
         fragment_id: FragmentId,
         hints: Hints,
         exclude: Collection[int] = (),
-        closure_max: int | None = None,
     ) -> Planned:
         """Encode a fragment the smallest way the library allows, and prove it.
 
@@ -194,7 +193,6 @@ class BasePlanner:
             fragment_id: Its id.
             hints: What else is known about it.
             exclude: Fragments that decoding it must not take.
-            closure_max: Most fragments that decoding it may take; the library's limit by default.
 
         Raises:
             FragmentError: The encoding does not decode to what was encoded.
@@ -202,7 +200,7 @@ class BasePlanner:
         signature = self.sign(raw, dtype, hints)
         numbers: list[int] = []
         if signature is not None:
-            limit = closure_max or self._config.closure_max
+            limit = self._config.closure_max
             found = self._candidates(signature, dtype, exclude, limit, numbers)
 
             def may_combine(indices: Sequence[int]) -> bool:
