@@ -1,7 +1,8 @@
 """Decoded fragments in the memory of one process: least recently used leave first.
 
-Used by the mount, so that neighbouring reads of one fragment decode it once. Bounded in bytes, not
-in entries, because fragments differ in size by three orders of magnitude.
+Used by the mount, so that neighbouring reads of one fragment look for it once: what it holds are
+mappings of the shared cache, or, without one, the bytes themselves. Bounded in bytes, not in
+entries, because fragments differ in size by three orders of magnitude.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ class MemoryFragmentCache:
             self._fragments.move_to_end(number)
             self._hits += 1
             return raw
+
+    def holds(self, number: int) -> bool:
+        """Whether a fragment is held; does not count as a use."""
+        with self._lock:
+            return number in self._fragments
 
     def put(self, number: int, raw: memoryview) -> None:
         """Keep the decoded bytes of a fragment, if they fit the budget at all.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["LIBRARY_VARIABLE", "default_library", "default_log_file"]
+__all__ = ["LIBRARY_VARIABLE", "default_cache", "default_library", "default_log_file"]
 
 LIBRARY_VARIABLE = "FRAGFS_LIBRARY"
 """Names the library when `--library` is not given."""
@@ -20,6 +20,13 @@ def default_library() -> Path:
     import platformdirs  # 30 ms to import: only for those who need the default
 
     return platformdirs.user_data_path("fragfs") / "library"
+
+
+def default_cache() -> Path:
+    """Where the fragment cache goes when shared memory is too small."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("fragfs") / "fragments"
 
 
 def default_log_file() -> Path | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fragfs.cli.environment import default_log_file
+from fragfs.cli.environment import default_cache, default_log_file
 from fragfs.cli.mount_options import FstabOptions, parse_fstab_options, parse_number
 from fragfs.cli.options import Session, example, parse_size, pass_session, shared_options
 from fragfs.cli.terminal import escape, remark, say, show_name
@@ -48,10 +48,26 @@ _GRACE_S = 30.0
     "--cache",
     "cache_bytes_max",
     type=parse_size,
-    default="96M",
-    show_default=True,
     metavar="SIZE",
-    help="Memory for decoded fragments.",
+    help="Budget of the shared fragment cache; 0 is none. [default: a quarter of free memory]",
+)
+@click.option(
+    "--cache-dir",
+    type=Path,
+    metavar="DIR",
+    help="Keep it below DIR. [default: shared memory, else your cache directory]",
+)
+@click.option(
+    "--prefill/--no-prefill",
+    default=True,
+    help="Whether to fill the kernel's page cache ahead of readers.",
+)
+@click.option(
+    "--read-ahead",
+    "read_ahead_kb",
+    type=click.IntRange(4, 1 << 20),
+    metavar="KIB",
+    help="How far the kernel reads ahead; for root. [default: what the system says]",
 )
 @click.option(
     "--log-file",
@@ -80,7 +96,10 @@ def mount_command(
     uid: str | None,
     gid: str | None,
     umask: str | None,
-    cache_bytes_max: int,
+    cache_bytes_max: int | None,
+    cache_dir: Path | None,
+    prefill: bool,
+    read_ahead_kb: int | None,
     log_file: Path | None,
     grace_s: float,
 ) -> int:
@@ -109,6 +128,10 @@ def mount_command(
         umask=_number("umask", umask, words),
         nonempty=words.nonempty,
         cache_bytes_max=cache_bytes_max,
+        cache_directory=cache_dir.absolute() if cache_dir else None,
+        cache_on_disk=default_cache(),
+        prefill=prefill,
+        read_ahead_kb=read_ahead_kb,
         log_file=log_file.absolute() if log_file else None,
         verbose=session.debug,
         grace_s=grace_s,

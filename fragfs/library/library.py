@@ -339,6 +339,14 @@ class FragmentLibrary:
         """
         return self._catalog.fragment(number)
 
+    def bases(self, number: int) -> tuple[int, ...]:
+        """Numbers of the fragments that a fragment's prediction reads."""
+        return self._catalog.bases(number)
+
+    def dependent_count(self, number: int) -> int:
+        """How many fragments are predicted from a fragment."""
+        return len(self._catalog.dependents(number))
+
     def decode_fragment(self, number: int, source: DecodedSource) -> memoryview:
         """The raw bytes of a fragment, read-only, from `source` or from its pack.
 

@@ -22,7 +22,6 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.errors import FormatError, FragmentError, StorageError
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.tree import Directory
@@ -30,13 +29,12 @@ from fragfs.mount.inodes import InodeTable, KnownDirectory
 from fragfs.mount.logs import logging_to
 from fragfs.mount.operations import MountOperations, Ownership
 from fragfs.mount.options import MountOptions
+from fragfs.mount.reading import MountReading, raise_read_ahead
 from fragfs.mount.table import SOURCE_NAME, MountEntry, find_mount
 from fragfs.mount.unmount import detach, is_mounted
 from fragfs.mount.users import describe_users, find_users
 from fragfs.mount.view import TreeView
 from fragfs.mount.watch import CatalogWatcher, StaleName
-from fragfs.reader.fetch import FragmentFetcher
-from fragfs.reader.file import FileReader
 
 __all__ = ["run"]
 
@@ -47,10 +45,6 @@ _DESCRIPTORS_MAX = 65536
 _REQUESTS_MIN, _REQUESTS_MAX = 8, 512
 """Tasks that take requests. Each mapped page fault occupies one while its fragment is decoded, so
 there are more of them than threads a loader uses: a cached page must not wait for a decode."""
-
-_WORKERS_MAX = 16
-"""Decodes at once unless the user says otherwise: each holds some 10 MiB, and more than this many
-spend their time waiting for the interpreter lock."""
 
 _STOP_WATCHING_S = 2.0
 _LAST_RESORT_S = 5.0
@@ -96,6 +90,7 @@ def run(
                 log.critical("the mount on %s ended", options.mountpoint, exc_info=error)
             raise error from group
         finally:
+            daemon.leave_cache()
             daemon.last_resort.cancel()
         return daemon.exit_code
 
@@ -117,17 +112,27 @@ class _Daemon:
         self._stop_watching = threading.Event()
         self._watching_ended = trio.Event()
         self._main_scope = trio.CancelScope()
+        self._reading: MountReading | None = None
         self.exit_code = 0
         # If a decode or the kernel never returned, neither would the orderly end.
         self.last_resort = threading.Timer(_LAST_RESORT_S, os._exit, (1,))
         self.last_resort.daemon = True
 
+    def leave_cache(self) -> None:
+        """Give up the shared cache, after everything else has ended."""
+        if self._reading is not None:
+            self._reading.leave_cache()
+
     async def serve(self, on_ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as decoders, trio.open_nursery() as helpers:
             signals = await helpers.start(self._receive_signals)
-            operations = self._make_operations(decoders)
+            reading = self._reading = MountReading(self._options, self._library, decoders)
+            operations = self._make_operations(reading)
             entry = self._mount(operations)
             try:
+                if self._options.read_ahead_kb is not None:
+                    raise_read_ahead(entry, self._options.read_ahead_kb)
+                reading.start(entry)
                 helpers.start_soon(self._obey_signals, signals, operations, entry)
                 helpers.start_soon(self._watch)
                 log.info("mounted %s on %s", self._options.library, entry.mountpoint)
@@ -140,27 +145,20 @@ class _Daemon:
                 self._stop_watching.set()
                 with trio.CancelScope(shield=True):
                     await self._watching_ended.wait()
+                reading.close()
                 pyfuse3.close(unmount=False)
             log.info("unmounted %s", entry.mountpoint)
             helpers.cancel_scope.cancel()
             decoders.cancel_scope.cancel()
 
-    def _make_operations(self, decoders: trio.Nursery) -> MountOperations:
+    def _make_operations(self, reading: MountReading) -> MountOperations:
         options = self._options
-        fetcher = FragmentFetcher(
-            self._library.decode_fragment,
-            MemoryFragmentCache(options.cache_bytes_max),
-            decoders,
-            workers=options.workers or min(max(2, os.cpu_count() or 1), _WORKERS_MAX),
-        )
         ownership = Ownership(
             os.getuid() if options.uid is None else options.uid,
             os.getgid() if options.gid is None else options.gid,
             options.umask_or_default,
         )
-        return MountOperations(
-            self._library, self._tree, self._inodes, FileReader(fetcher), ownership
-        )
+        return MountOperations(self._library, self._tree, self._inodes, reading, ownership)
 
     def _mount(self, operations: MountOperations) -> MountEntry:
         options = set(pyfuse3.default_options)

@@ -10,6 +10,7 @@ Every write is refused by the kernel before it gets here: the file system is mou
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import stat
@@ -26,11 +27,11 @@ from fragfs.library.library import FragmentLibrary
 from fragfs.library.tree import Directory, File, TreeNode
 from fragfs.mount.contents import OpenContents
 from fragfs.mount.errors import FaultLog, answering, errno_of
-from fragfs.mount.inodes import Inode, InodeTable
+from fragfs.mount.inodes import ROOT_INODE, Inode, InodeTable
+from fragfs.mount.reading import MountReading
 from fragfs.mount.view import Tree, join_path
-from fragfs.reader.file import FileReader
 
-__all__ = ["ENTRY_TIMEOUT_S", "MountOperations", "Ownership"]
+__all__ = ["ENTRY_TIMEOUT_S", "XATTR_STATUS", "MountOperations", "Ownership"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,9 @@ invalidated, so this bounds only what a lost invalidation costs."""
 _BLOCK_BYTES = 4096
 _STATFS_KEPT_S = 5.0
 _NAME_BYTES_MAX = 255
+
+XATTR_STATUS = b"user.fragfs.status"
+"""Of the root directory: counters of the mount, as JSON."""
 
 _XATTR_SHA256 = b"user.fragfs.sha256"
 _XATTR_STORED_BYTES = b"user.fragfs.stored_bytes"
@@ -78,7 +82,7 @@ class MountOperations(pyfuse3.Operations):
         library: Contents, totals and model names.
         tree: What of the library is shown.
         inodes: What the kernel knows; its root is the tree's.
-        reader: Where bytes come from.
+        reading: Where bytes come from.
         ownership: Who everything belongs to.
     """
 
@@ -89,14 +93,14 @@ class MountOperations(pyfuse3.Operations):
         library: FragmentLibrary,
         tree: Tree,
         inodes: InodeTable,
-        reader: FileReader,
+        reading: MountReading,
         ownership: Ownership,
     ) -> None:
         super().__init__()
         self._library = library
         self._tree = tree
         self._inodes = inodes
-        self._reader = reader
+        self._reading = reading
         self._ownership = ownership
         self.faults = FaultLog()
         # A file's handle is its inode: all handles of a content are the same to every request.
@@ -193,7 +197,7 @@ class MountOperations(pyfuse3.Operations):
         """Exactly the bytes asked for, up to the end: the kernel fills a short reply with zeros."""
         content = self._contents[handle]
         try:
-            data = await self._reader.read(content, offset, size)
+            data = await self._reading.read(content, offset, size)
             wanted = min(size, max(0, content.size - offset))
             if len(data) != wanted:
                 raise IntegrityError(
@@ -224,6 +228,8 @@ class MountOperations(pyfuse3.Operations):
     @answering
     async def getxattr(self, number: int, name: bytes, ctx: RequestContext) -> bytes:
         """`user.fragfs.*` of files; every other name is one that is not there."""
+        if number == ROOT_INODE and name == XATTR_STATUS:
+            return json.dumps(self._reading.status()).encode()
         node = self._inode(number).node
         if name not in _XATTRS or not isinstance(node, File):
             raise FUSEError(pyfuse3.ENOATTR)

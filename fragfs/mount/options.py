@@ -7,12 +7,12 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fragfs.cache.memory import CACHE_BYTES_MAX_DEFAULT
 from fragfs.errors import UsageError
 
 __all__ = ["MountOptions"]
 
 _UMASK_DEFAULT = 0o222
+_PATHS = ("library", "mountpoint", "cache_directory", "cache_on_disk", "log_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,17 @@ class MountOptions:
         gid: Group shown for everything; None is the group of who mounts.
         umask: Permission bits taken off 0444 (files) and 0555 (directories).
         nonempty: Mount over a directory that has entries.
-        cache_bytes_max: Budget of the daemon's decoded-fragment cache.
+        cache_bytes_max: Budget of the fragment cache; None is a share of the memory there is, 0
+            keeps fragments in the daemon's own memory only.
+        cache_directory: Where the fragment cache is; None is shared memory if it is large enough.
+        cache_on_disk: Where it is if shared memory is too small.
+        prefill: Store decoded fragments into the kernel's page cache ahead of readers.
+        read_ahead_kb: How far the kernel is to read ahead; None leaves what it is.
         log_file: Where the daemon logs; None is syslog when daemonized, stderr in the foreground.
         verbose: Log more.
         grace_s: How long open files may be read on after a termination signal.
-        workers: Fragments decoded at once; None is one per core, from 2 to 16.
+        workers: Processes that decode, and threads where there are none; None is one per core,
+            from 2 to 16.
     """
 
     library: Path
@@ -45,7 +51,11 @@ class MountOptions:
     gid: int | None = None
     umask: int | None = None
     nonempty: bool = False
-    cache_bytes_max: int = CACHE_BYTES_MAX_DEFAULT
+    cache_bytes_max: int | None = None
+    cache_directory: Path | None = None
+    cache_on_disk: Path | None = None
+    prefill: bool = True
+    read_ahead_kb: int | None = None
     log_file: Path | None = None
     verbose: bool = False
     grace_s: float = 30.0
@@ -56,8 +66,10 @@ class MountOptions:
             raise UsageError("allow_other and allow_root exclude each other")
         if self.umask is not None and not 0 <= self.umask <= 0o777:
             raise UsageError(f"umask must be from 0 to 777 (octal), not {self.umask:o}")
-        if self.cache_bytes_max < 0:
+        if self.cache_bytes_max is not None and self.cache_bytes_max < 0:
             raise UsageError(f"cache_bytes_max must not be negative: {self.cache_bytes_max}")
+        if self.read_ahead_kb is not None and not 4 <= self.read_ahead_kb <= 1 << 20:
+            raise UsageError(f"read_ahead_kb must be from 4 to 1048576, not {self.read_ahead_kb}")
         if self.grace_s < 0:
             raise UsageError(f"grace_s must not be negative: {self.grace_s}")
         if self.workers is not None and self.workers < 1:
@@ -71,7 +83,7 @@ class MountOptions:
     def to_json(self) -> str:
         """For the daemon's standard input; bytes that are not UTF-8 survive."""
         values = asdict(self)
-        for name in ("library", "mountpoint", "log_file"):
+        for name in _PATHS:
             value = values[name]
             values[name] = None if value is None else os.fspath(value)
         values["models"] = [os.fsdecode(name) for name in self.models]
@@ -81,7 +93,7 @@ class MountOptions:
     def from_json(cls, text: str) -> MountOptions:
         """Read what `to_json` wrote."""
         values = json.loads(text)
-        for name in ("library", "mountpoint", "log_file"):
+        for name in _PATHS:
             value = values[name]
             values[name] = None if value is None else Path(value)
         values["models"] = tuple(os.fsencode(name) for name in values["models"])

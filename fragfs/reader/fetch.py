@@ -1,8 +1,10 @@
-"""Decoded fragments for many tasks at once: from the cache, else by one decode however many ask.
+"""Decoded fragments for many tasks at once: from the caches, else by one decode however many ask.
 
-Decodes run in worker threads, at most as many at a time as there are workers, and are published in
-the cache before anyone who waits is woken. Besides what the cache holds, the decoded bytes alive
-are those of the running decodes and of the waiters just woken: a queue of waiting reads holds none.
+Where there is a shared cache, decoder processes fill it (`pool`), and a fragment is at hand as soon
+as it is published there. Without one, or when processes keep dying, worker threads decode.
+
+A fragment's bases are flights of their own, so two fragments that share a base wait for one decode
+of it. What another daemon is decoding is polled for by the waiting task, never by a decoder.
 """
 
 from __future__ import annotations
@@ -12,10 +14,24 @@ from dataclasses import dataclass
 
 import trio
 
+from fragfs.cache.layered import LayeredFragmentCache
 from fragfs.errors import StorageError
 from fragfs.library.decode import DecodedSource
+from fragfs.reader.decoder import Reply, Status
+from fragfs.reader.pool import Decode, DecoderPool
 
 __all__ = ["FetchStatistics", "FragmentFetcher"]
+
+_POLL_S = 0.002
+_POLL_S_MAX = 0.05
+_ROUNDS_MAX = 4
+"""Rounds of "this base is missing" after which a decoder decodes bases itself: they leave a small
+cache faster than they are asked for again."""
+
+_BUSY_S_MAX = 5.0
+"""A process that was stopped keeps its claims: after this time the fragment is decoded twice."""
+
+_FULL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +39,15 @@ class FetchStatistics:
     """Counters since the fetcher was made, and what is under way.
 
     Attributes:
-        decodes: Decodes started.
+        decodes: Fragments decoded, bases included, by threads and processes.
+        decoded_bytes: Their bytes.
         joins: Fetches that waited for a decode which another fetch had started.
         flights: Decodes running or queued now.
-        workers: Most decodes that run at once.
+        workers: Most decodes that run at once in threads.
     """
 
     decodes: int
+    decoded_bytes: int
     joins: int
     flights: int
     workers: int
@@ -38,12 +56,32 @@ class FetchStatistics:
 class _Flight:
     """One decode under way and what came of it."""
 
-    __slots__ = ("done", "error", "raw")
+    __slots__ = ("decode", "done", "error", "is_urgent", "raw", "waits_for")
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_urgent: bool) -> None:
         self.done = trio.Event()
         self.raw: memoryview | None = None
         self.error: BaseException | None = None
+        self.is_urgent = is_urgent
+        self.decode: Decode | None = None
+        self.waits_for: tuple[int, ...] = ()
+
+
+class _Counting:
+    """The caches as the source of one decode in a thread; counts what was decoded."""
+
+    def __init__(self, cache: DecodedSource) -> None:
+        self._cache = cache
+        self.decoded = 0
+        self.decoded_bytes = 0
+
+    def get(self, number: int) -> memoryview | None:
+        return self._cache.get(number)
+
+    def put(self, number: int, raw: memoryview) -> None:
+        self.decoded += 1
+        self.decoded_bytes += raw.nbytes
+        self._cache.put(number, raw)
 
 
 class FragmentFetcher:
@@ -60,31 +98,45 @@ class FragmentFetcher:
         decode: Decodes a fragment by number and offers it to the source it is given
             (`FragmentLibrary.decode_fragment`); called in worker threads, several at once. Errors
             it raises reach every waiter.
-        cache: Where decoded fragments are kept; safe to call from any thread.
+        cache: Where decoded fragments are kept.
         nursery: Where decodes run; must outlive every fetch.
-        workers: Most decodes at once; at least 1.
+        workers: Most decodes at once in threads; at least 1.
+        pool: Decoder processes that fill the cache's shared part; None decodes in threads.
     """
 
     def __init__(
         self,
         decode: Callable[[int, DecodedSource], memoryview],
-        cache: DecodedSource,
+        cache: LayeredFragmentCache,
         nursery: trio.Nursery,
         *,
         workers: int,
+        pool: DecoderPool | None = None,
     ) -> None:
         self._decode = decode
         self._cache = cache
         self._nursery = nursery
         self._limiter = trio.CapacityLimiter(workers)
+        self._pool = pool
+        self._full_until = 0.0
         self._flights: dict[int, _Flight] = {}
         self._decodes = 0
+        self._decoded_bytes = 0
         self._joins = 0
 
-    def begin_nowait(self, number: int) -> None:
-        """Have a fragment decoded into the cache that a `fetch` will soon ask for."""
-        if number not in self._flights and self._cache.get(number) is None:
-            self._start(number)
+    def begin_nowait(self, number: int, *, urgent: bool = True) -> None:
+        """Have a fragment decoded into the cache that somebody will soon ask for."""
+        if number not in self._flights and not self._cache.holds(number):
+            self._start(number, urgent=urgent)
+
+    async def ready(self, number: int) -> None:
+        """Wait until a fragment is in the cache, or until its decode has failed.
+
+        Never raises what the decode raised: who reads the fragment will be told.
+        """
+        if number in self._flights or not self._cache.holds(number):
+            flight = self._flights.get(number) or self._start(number, urgent=False)
+            await flight.done.wait()
 
     async def fetch(self, number: int) -> memoryview:
         """The decoded bytes of a fragment.
@@ -108,41 +160,49 @@ class FragmentFetcher:
             return raw
         flight = self._flights.get(number)
         if flight is None:
-            flight = self._start(number)
+            flight = self._start(number, urgent=True)
         else:
             self._joins += 1
+            self._hurry(flight)
         await flight.done.wait()
         if flight.error is not None:
             # Waiters share the exception; a traceback that grew with each would never end.
             raise flight.error.with_traceback(None)
-        assert flight.raw is not None
+        if flight.raw is None:
+            # Decoded by a process, and only asked for by now.
+            flight.raw = self._cache.get(number)
+        if flight.raw is None:
+            # It left a small cache in between.
+            flight.raw = await self._in_thread(number)
         return flight.raw
 
     def statistics(self) -> FetchStatistics:
         """The counters now."""
+        pool = self._pool
         return FetchStatistics(
-            decodes=self._decodes,
+            decodes=self._decodes + (pool.decodes if pool else 0),
+            decoded_bytes=self._decoded_bytes + (pool.decoded_bytes if pool else 0),
             joins=self._joins,
             flights=len(self._flights),
             workers=int(self._limiter.total_tokens),
         )
 
-    def _start(self, number: int) -> _Flight:
+    def _start(self, number: int, *, urgent: bool) -> _Flight:
         # No await between the look at _flights and this: that is what makes the flight single.
-        flight = self._flights[number] = _Flight()
-        self._decodes += 1
+        flight = self._flights[number] = _Flight(is_urgent=urgent)
         self._nursery.start_soon(self._fly, number, flight)
         return flight
 
+    def _hurry(self, flight: _Flight) -> None:
+        if not flight.is_urgent:
+            flight.is_urgent = True
+            if self._pool is not None and flight.decode is not None:
+                self._pool.hurry(flight.decode)
+
     async def _fly(self, number: int, flight: _Flight) -> None:
         try:
-            flight.raw = await trio.to_thread.run_sync(
-                self._decode,
-                number,
-                self._cache,
-                limiter=self._limiter,
-                abandon_on_cancel=False,
-            )
+            if not await self._in_process(number, flight):
+                flight.raw = await self._in_thread(number)
         except Exception as error:
             flight.error = error
         except BaseException:
@@ -153,3 +213,72 @@ class FragmentFetcher:
         finally:
             del self._flights[number]
             flight.done.set()
+
+    async def _in_thread(self, number: int) -> memoryview:
+        source = _Counting(self._cache)
+        raw = await trio.to_thread.run_sync(
+            self._decode,
+            number,
+            source,
+            limiter=self._limiter,
+            abandon_on_cancel=False,
+        )
+        self._decodes += source.decoded
+        self._decoded_bytes += source.decoded_bytes
+        return raw
+
+    async def _in_process(self, number: int, flight: _Flight) -> bool:
+        """Have a decoder process publish a fragment; False if that is not to be had."""
+        pool = self._pool
+        if pool is None or not pool.is_alive or trio.current_time() < self._full_until:
+            return False
+        busy_s = 0.0
+        poll_s = _POLL_S
+        rounds = 0
+        while True:
+            reply = await self._ask(pool, number, flight, with_bases=rounds >= _ROUNDS_MAX)
+            if reply.status is Status.DONE:
+                return True
+            if reply.status is Status.NEEDS:
+                rounds += 1
+                if self._needs_itself(number, reply.bases):
+                    return False  # a damaged catalog: the decode in a thread says so
+                flight.waits_for = reply.bases
+                await self._bases_ready(reply.bases, urgent=flight.is_urgent)
+            elif reply.status is Status.BUSY and busy_s < _BUSY_S_MAX:
+                await trio.sleep(poll_s)
+                busy_s += poll_s
+                poll_s = min(poll_s * 2, _POLL_S_MAX)
+            else:
+                if reply.status is Status.FULL:
+                    self._full_until = trio.current_time() + _FULL_S
+                return False
+
+    async def _ask(
+        self, pool: DecoderPool, number: int, flight: _Flight, *, with_bases: bool
+    ) -> Reply:
+        flight.decode = pool.submit(number, urgent=flight.is_urgent, with_bases=with_bases)
+        return await pool.wait(flight.decode)
+
+    def _needs_itself(self, number: int, bases: tuple[int, ...]) -> bool:
+        """Whether waiting for some bases would be waiting for oneself."""
+        pending, seen = list(bases), set[int]()
+        while pending:
+            base = pending.pop()
+            if base == number:
+                return True
+            if base not in seen:
+                seen.add(base)
+                flight = self._flights.get(base)
+                pending += flight.waits_for if flight is not None else ()
+        return False
+
+    async def _bases_ready(self, bases: tuple[int, ...], *, urgent: bool) -> None:
+        flights = []
+        for base in bases:
+            flight = self._flights.get(base) or self._start(base, urgent=urgent)
+            if urgent:
+                self._hurry(flight)
+            flights.append(flight)
+        for flight in flights:
+            await flight.done.wait()

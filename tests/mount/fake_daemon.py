@@ -16,7 +16,7 @@ FRAGMENT = b"".join(number.to_bytes(8, "little") for number in range(1 << 17))
 def main(mountpoint, size):
     library = FakeLibrary("/")
     library.add_repeated(b"big", b"file", int(size), FRAGMENT)
-    options = MountOptions(Path("/"), Path(mountpoint))
+    options = MountOptions(Path("/"), Path(mountpoint), cache_bytes_max=0)
     return run(options, lambda: None, foreground=True, open_library=lambda _: library)
 
 

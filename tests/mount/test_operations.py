@@ -151,7 +151,7 @@ async def test_h02_a_short_read_becomes_eio(operations, library):
         async def read(self, content, offset, size):
             return b"x" * (size - 1)
 
-    operations._reader = Short()
+    operations._reading = Short()
     assert await errno_from(operations.read(opened.fh, 0, 10)) == errno.EIO
 
 

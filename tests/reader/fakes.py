@@ -38,6 +38,7 @@ class FakeLibrary:
 
     def __init__(self, path="/nowhere"):
         self.path = Path(path)
+        self.uuid = bytes(16)
         self.nodes = {b"": Directory(MTIME_NS, None)}
         self.contents = {}
         self.fragments = {}
@@ -143,6 +144,12 @@ class FakeLibrary:
         return sorted(
             {n.model for n in self.nodes.values() if isinstance(n, File) and n.content == number}
         )
+
+    def fragment(self, number):
+        raise NotFoundError(f"fragment {number} is only known by number")
+
+    def dependent_count(self, number):
+        return 0
 
     def decode_fragment(self, number, source):
         with self._lock:

@@ -217,6 +217,7 @@ async def test_waiting_reads_hold_no_decoded_bytes(nursery):
         with lock:
             alive.add(id(raw))
             alive_max = max(alive_max, len(alive))
+        source.put(number, memoryview(raw))
         return memoryview(raw)
 
     fetcher = FragmentFetcher(decode, MemoryFragmentCache(0), nursery, workers=2)

@@ -1,0 +1,87 @@
+"""What one process sees of the decoded fragments: its views, and behind them the shared cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fragfs.cache.memory import MemoryFragmentCache
+from fragfs.cache.shared import SharedFragmentCache
+from fragfs.types import FragmentMetadata
+
+__all__ = ["LayeredFragmentCache", "leaving_credit_s"]
+
+_CREDIT_S = 10.0
+_BASE_CREDIT_S = 600.0
+_TYPICAL_NS_PER_BYTE = 1.0
+
+
+def leaving_credit_s(decode_ns: int, raw_size: int, dependent_count: int) -> float:
+    """How much later than its last use a fragment counts as used, for what its loss would cost.
+
+    Args:
+        decode_ns: What its decode took, bases not included.
+        raw_size: Bytes it has.
+        dependent_count: How many fragments are predicted from it.
+    """
+    cost = min(8.0, decode_ns / max(1, raw_size) / _TYPICAL_NS_PER_BYTE)
+    return cost * (_BASE_CREDIT_S if dependent_count else _CREDIT_S)
+
+
+class LayeredFragmentCache:
+    """A `DecodedSource` over views held by this process and the files shared with others.
+
+    Args:
+        identify: Where a fragment is stored, by number; asked for what is not held as a view.
+        dependent_count: How many fragments are predicted from one.
+        views: What this process holds.
+        shared: What all hold; None keeps to the views.
+    """
+
+    def __init__(
+        self,
+        identify: Callable[[int], FragmentMetadata],
+        dependent_count: Callable[[int], int],
+        views: MemoryFragmentCache,
+        shared: SharedFragmentCache | None,
+    ) -> None:
+        self._identify = identify
+        self._dependent_count = dependent_count
+        self.views = views
+        self.shared = shared
+
+    def get(self, number: int) -> memoryview | None:
+        """The bytes of a fragment, or None if they have to be decoded."""
+        raw = self.views.get(number)
+        if raw is not None or self.shared is None:
+            return raw
+        metadata = self._identify(number)
+        raw = self.shared.get(metadata.id, metadata.raw_size)
+        if raw is not None:
+            self.views.put(number, raw)
+        return raw
+
+    def holds(self, number: int) -> bool:
+        """Whether a fragment is at hand; one in the shared cache may leave at any moment."""
+        if self.views.holds(number):
+            return True
+        return self.shared is not None and self.shared.holds(self._identify(number).id)
+
+    def put(self, number: int, raw: memoryview) -> None:
+        """Keep the bytes of a fragment, for this process and, if there is room, for all."""
+        self.views.put(number, raw)
+        if self.shared is not None:
+            self.publish(self._identify(number), raw)
+
+    def publish(self, metadata: FragmentMetadata, raw: memoryview, decode_ns: int = 0) -> bool:
+        """Put a fragment where all processes find it; False if there is no room for it.
+
+        Args:
+            metadata: The fragment.
+            raw: All its bytes, checked.
+            decode_ns: What its decode took, bases not included.
+        """
+        if self.shared is None:
+            return False
+        dependent_count = self._dependent_count(metadata.number)
+        credit_s = leaving_credit_s(decode_ns, metadata.raw_size, dependent_count)
+        return self.shared.put(metadata.id, raw, credit_s)

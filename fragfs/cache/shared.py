@@ -1,0 +1,368 @@
+"""Decoded fragments as files that every process of a user maps: the shared fragment cache.
+
+A file holds one fragment's raw bytes and a footer; its name is the fragment's id, so a file is
+right or it is damaged, whatever happens to the library. Files are written under another name,
+published by rename, and evicted by unlink: never truncated, never written again. Who has one mapped
+keeps it.
+
+The modification time of a file is its place in the order of leaving: now, when it was last used,
+plus what its decode costs and how many need it, minus an hour once a fragment of a single use was
+served. The oldest leave first, down to nine tenths of the budget.
+
+Every failure to keep something is harmless: `put` says False, `get` says None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import struct
+import threading
+import time
+from dataclasses import dataclass
+
+import xxhash
+
+from fragfs.cache.place import CachePlace, measure_budget
+from fragfs.cache.users import USERS_NAME, begin_use, end_use
+from fragfs.types import FragmentId
+
+__all__ = ["FOOTER", "CacheStatistics", "SharedFragmentCache", "file_name"]
+
+log = logging.getLogger(__name__)
+
+FOOTER = struct.Struct("<8sQQ32s")
+"""Magic, bytes of the fragment, XXH3-64 of them, fragment id; right after the fragment's bytes."""
+
+MAGIC = b"fragfsC1"
+
+_TEMPORARY = "."
+_LOCK_NAME = ".lock"
+_CLAIMS_NAME = ".claims"
+_TEMPORARY_S_MAX = 60.0
+_KEEP_AFTER_TRIM = 0.9
+_RESCANS_PER_BUDGET = 16
+_CHECK_ONE_IN = 16
+_FULL_S = 2.0
+_MAP_BYTES_MIN = 64 << 10
+"""Smaller fragments are copied: each mapping keeps a descriptor."""
+_FLOCK = struct.Struct("@hhqqi0q")
+
+
+def file_name(fragment: FragmentId) -> str:
+    """Name of a fragment's file: half of its id; the footer has all of it."""
+    return fragment.hex()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """What one process has seen of the cache, and what the directory holds.
+
+    Attributes:
+        directory: Where it is.
+        in_memory: True in shared memory.
+        bytes_max: The budget.
+        bytes_held: Bytes of the files there are now.
+        hits: Fragments this process found.
+        misses: Fragments it did not find.
+        puts: Fragments it published.
+        refused: Fragments it could not publish: no room.
+        evictions: Files it removed to make room.
+        damaged: Files whose bytes had changed; they were removed, not served.
+    """
+
+    directory: str
+    in_memory: bool
+    bytes_max: int
+    bytes_held: int
+    hits: int
+    misses: int
+    puts: int
+    refused: int
+    evictions: int
+    damaged: int
+
+
+class SharedFragmentCache:
+    """The files of one place. Safe in any thread; any number of processes share the place.
+
+    Args:
+        place: Where and how large.
+        check_all: Check the bytes of every fragment when it is mapped. By default on disk; in
+            memory one in sixteen is checked, and all as soon as one was found damaged.
+    """
+
+    def __init__(self, place: CachePlace, *, check_all: bool | None = None) -> None:
+        self.place = place
+        self._path = os.fspath(place.directory)
+        self._check_all = not place.in_memory if check_all is None else check_all
+        self._lock = threading.Lock()
+        self._bytes_max = place.bytes_max
+        self._bytes_held = 0
+        self._put_since_scan = 0
+        self._full_until = 0.0
+        self._hits = 0
+        self._misses = 0
+        self._puts = 0
+        self._refused = 0
+        self.evictions = 0
+        self._damaged = 0
+        self._user = begin_use(place.directory)
+        self._claims = os.open(
+            os.path.join(self._path, _CLAIMS_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        self.trim()
+
+    def close(self) -> None:
+        """Stop using the cache; the last one to do so gives shared memory back.
+
+        What is mapped stays mapped.
+        """
+        os.close(self._claims)
+        end_use(self._user, self.place.directory, remove=self.place.in_memory)
+
+    # --- reading
+
+    def get(self, fragment: FragmentId, raw_size: int) -> memoryview | None:
+        """The bytes of a fragment, mapped read-only, or None.
+
+        Args:
+            fragment: Its id.
+            raw_size: Its length: a file of another length is not it.
+        """
+        path = os.path.join(self._path, file_name(fragment))
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            self._misses += 1
+            return None
+        try:
+            whole = _view(descriptor, raw_size + FOOTER.size)
+        except (OSError, ValueError):
+            whole = None
+        finally:
+            os.close(descriptor)
+        raw = None if whole is None else self._check(whole, fragment, raw_size)
+        if raw is None:
+            self._drop_damaged(path)
+            return None
+        self._hits += 1
+        return raw
+
+    def holds(self, fragment: FragmentId) -> bool:
+        """Whether a fragment is there; it may leave at any moment."""
+        return os.path.exists(os.path.join(self._path, file_name(fragment)))
+
+    def touch(self, fragment: FragmentId, credit_s: float) -> None:
+        """Move a fragment in the order of leaving.
+
+        Args:
+            fragment: Its id.
+            credit_s: It leaves as if it was last used that much later than now.
+        """
+        at_ns = time.time_ns() + int(credit_s * 1e9)
+        with contextlib.suppress(OSError):
+            os.utime(os.path.join(self._path, file_name(fragment)), ns=(at_ns, at_ns))
+
+    def drop(self, fragment: FragmentId) -> None:
+        """Remove a fragment's file."""
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self._path, file_name(fragment)))
+
+    def _check(self, view: memoryview, fragment: FragmentId, raw_size: int) -> memoryview | None:
+        magic, size, checksum, identity = FOOTER.unpack(view[raw_size:])
+        if magic != MAGIC or size != raw_size or identity != bytes(fragment):
+            return None
+        raw = view[:raw_size]
+        # The hash of a fragment in memory costs a tenth of storing it into the page cache: too
+        # much for every one of them, and what memory forgets, the page cache would forget as well.
+        is_due = self._check_all or self._hits % _CHECK_ONE_IN == 0
+        return None if is_due and xxhash.xxh3_64_intdigest(raw) != checksum else raw
+
+    def _drop_damaged(self, path: str) -> None:
+        self._damaged += 1
+        self._misses += 1
+        self._check_all = True
+        log.warning("a file of the fragment cache is damaged and was removed: %s", path)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+    # --- filling
+
+    def put(self, fragment: FragmentId, raw: memoryview, credit_s: float = 0.0) -> bool:
+        """Publish the bytes of a fragment, which the caller has checked.
+
+        Args:
+            fragment: Its id.
+            raw: All its bytes.
+            credit_s: See `touch`.
+
+        Returns:
+            False if there is no room for it.
+        """
+        size = raw.nbytes + FOOTER.size
+        if size > self._bytes_max or time.monotonic() < self._full_until:
+            self._refused += 1
+            return False
+        footer = FOOTER.pack(MAGIC, raw.nbytes, xxhash.xxh3_64_intdigest(raw), bytes(fragment))
+        name = file_name(fragment)
+        temporary = os.path.join(
+            self._path, f"{_TEMPORARY}{name}-{os.getpid()}-{threading.get_ident()}"
+        )
+        try:
+            self._write(temporary, raw, footer, credit_s)
+            os.rename(temporary, os.path.join(self._path, name))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            self._refused += 1
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+                # Somebody else fills the place: make room, and leave it alone for a moment.
+                self._full_until = time.monotonic() + _FULL_S
+                self.trim()
+            return False
+        with self._lock:
+            self._puts += 1
+            self._bytes_held += size
+            self._put_since_scan += size
+            is_due = (
+                self._bytes_held > self._bytes_max
+                or self._put_since_scan * _RESCANS_PER_BUDGET > self._bytes_max
+            )
+        if is_due:
+            self.trim()
+        return True
+
+    def _write(self, path: str, raw: memoryview, footer: bytes, credit_s: float) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            written = os.writev(descriptor, [raw, footer])
+            while written < raw.nbytes:
+                written += os.write(descriptor, raw[written:])
+            while written < raw.nbytes + len(footer):
+                written += os.write(descriptor, footer[written - raw.nbytes :])
+            at_ns = time.time_ns() + int(credit_s * 1e9)
+            os.utime(descriptor, ns=(at_ns, at_ns))
+        finally:
+            os.close(descriptor)
+
+    def trim(self, bytes_max: int | None = None) -> None:
+        """Count what the place holds, and remove what is over the budget and what is left over.
+
+        Does nothing if another process is at it.
+
+        Args:
+            bytes_max: Trim to this instead of the budget.
+        """
+        lock = os.open(
+            os.path.join(self._path, _LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return
+        else:
+            self._trim(bytes_max)
+        finally:
+            os.close(lock)
+
+    def _files(self) -> list[tuple[int, int, str]]:
+        """(place in the order of leaving, bytes, path) of what is published.
+
+        Temporary files whose writer was killed are removed on the way.
+        """
+        files: list[tuple[int, int, str]] = []
+        with os.scandir(self._path) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if not entry.name.startswith(_TEMPORARY):
+                        files.append((status.st_mtime_ns, status.st_size, entry.path))
+                    elif (
+                        entry.name not in (_LOCK_NAME, _CLAIMS_NAME, USERS_NAME)
+                        and time.time() - status.st_ctime > _TEMPORARY_S_MAX
+                    ):
+                        os.unlink(entry.path)
+        return files
+
+    def _trim(self, bytes_max: int | None) -> None:
+        files = self._files()
+        held = sum(size for _, size, _ in files)
+        with contextlib.suppress(OSError):
+            self._bytes_max = measure_budget(
+                self.place.directory,
+                in_memory=self.place.in_memory,
+                asked=self.place.asked,
+                held=held,
+            )
+        limit = self._bytes_max if bytes_max is None else bytes_max
+        if held > limit:
+            files.sort()
+            for _, size, path in files:
+                if held <= limit * _KEEP_AFTER_TRIM:
+                    break
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    self.evictions += 1
+                held -= size
+        with self._lock:
+            self._bytes_held = held
+            self._put_since_scan = 0
+
+    # --- one decode per fragment
+
+    def claim(self, fragment: FragmentId) -> bool:
+        """Whether this cache's user may decode a fragment: nobody else who shares the place is.
+
+        The kernel takes the claim back when the claimant dies. Two users of one
+        `SharedFragmentCache` do not exclude each other.
+        """
+        try:
+            fcntl.fcntl(self._claims, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_WRLCK, fragment))
+        except OSError:
+            return False
+        return True
+
+    def release(self, fragment: FragmentId) -> None:
+        """Give a claim back."""
+        fcntl.fcntl(self._claims, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_UNLCK, fragment))
+
+    # --- what there is
+
+    def statistics(self) -> CacheStatistics:
+        """The counters now, and what the directory holds."""
+        held = sum(size for _, size, _ in self._files())
+        return CacheStatistics(
+            directory=self._path,
+            in_memory=self.place.in_memory,
+            bytes_max=self._bytes_max,
+            bytes_held=held,
+            hits=self._hits,
+            misses=self._misses,
+            puts=self._puts,
+            refused=self._refused,
+            evictions=self.evictions,
+            damaged=self._damaged,
+        )
+
+
+def _view(descriptor: int, size: int) -> memoryview | None:
+    """All of a file, read-only; None if it has another size."""
+    if os.fstat(descriptor).st_size != size:
+        return None
+    if size < _MAP_BYTES_MIN:
+        data = os.pread(descriptor, size, 0)
+        return memoryview(data) if len(data) == size else None
+    # Populated: one walk over the page tables instead of a fault for every 64 KiB.
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    return memoryview(mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ))
+
+
+def _lock_of(kind: int, fragment: FragmentId) -> bytes:
+    """`struct flock` for one byte of the claims file, chosen by the fragment's id."""
+    return _FLOCK.pack(kind, os.SEEK_SET, int.from_bytes(bytes(fragment)[:7], "little"), 1, 0)

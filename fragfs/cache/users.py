@@ -1,0 +1,84 @@
+"""Who uses a cache directory: the last one to leave shared memory gives it back.
+
+Each user holds a shared flock as long as it lives; the kernel frees it however it ends. What a
+killed user left in shared memory is removed by the next one to come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+
+__all__ = ["USERS_NAME", "begin_use", "end_use", "remove_abandoned"]
+
+USERS_NAME = ".users"
+_NEW_S = 60.0
+
+
+def begin_use(directory: Path) -> int:
+    """Become a user of a directory; returns what `end_use` takes.
+
+    Raises:
+        OSError: It is gone, or cannot be used.
+    """
+    while True:
+        descriptor = os.open(
+            directory / USERS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            # Somebody may have removed the file, with the directory, before the lock was ours.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(directory / USERS_NAME)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def end_use(descriptor: int, directory: Path, *, remove: bool) -> None:
+    """Stop using a directory, and remove it if nobody else uses it.
+
+    Args:
+        descriptor: What `begin_use` returned.
+        directory: The directory.
+        remove: Whether it is to be removed after its last user.
+    """
+    try:
+        if remove and _is_alone(descriptor):
+            shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(parent: Path, keep: Path) -> None:
+    """Remove the directories below one user's directory that nobody uses any more, but for one."""
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for entry in entries:
+            if entry.name == keep.name:
+                continue
+            with contextlib.suppress(OSError):
+                _remove_if_abandoned(Path(entry.path))
+
+
+def _remove_if_abandoned(directory: Path) -> None:
+    try:
+        descriptor = os.open(directory / USERS_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        if time.time() - directory.lstat().st_mtime > _NEW_S:
+            shutil.rmtree(directory, ignore_errors=True)
+        return
+    end_use(descriptor, directory, remove=True)
+
+
+def _is_alone(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

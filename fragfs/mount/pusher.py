@@ -1,0 +1,203 @@
+"""The pusher process: `python -m fragfs.mount.pusher`, started by `mount.prefill`.
+
+Stores decoded fragments into the kernel's page cache of a mounted file. A process of its own,
+because a store needs a core: in a thread it would share the interpreter with those who answer.
+
+A store waits while the kernel reads one of its pages, and what the kernel reads the daemon answers.
+So the daemon never waits for a store, and the pusher never decodes. When the daemon dies, the page
+may stay locked for ever, and the pusher with it, holding the device that keeps every reader
+waiting: its second thread therefore aborts the connection as soon as the daemon's end of the socket
+is closed.
+
+Source: Linux `include/uapi/linux/fuse.h`, `FUSE_NOTIFY_STORE`; `fs/fuse/dev.c`,
+`fuse_notify_store`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from fragfs.cache.place import CachePlace
+from fragfs.cache.shared import SharedFragmentCache
+from fragfs.mount.abort import abort_connection
+from fragfs.mount.table import MountEntry
+from fragfs.types import FragmentId
+
+__all__ = ["PARTS_MAX", "PUSHED", "PusherOptions", "StorePart", "main", "pack_store"]
+
+_STORE = struct.Struct("<QQ")
+"""Inode, offset in the file; parts follow."""
+
+_PART = struct.Struct("<32sIII")
+"""Fragment id, its size, offset in it, bytes of it."""
+
+PUSHED = struct.Struct("<QiQ")
+"""Bytes stored, errno or 0, nanoseconds: one for each store, in order."""
+
+PARTS_MAX = 256
+
+_OUT_HEADER = struct.Struct("=IiQ")
+_NOTIFY_STORE = struct.Struct("=QQII")
+_FUSE_NOTIFY_STORE = 4
+_MESSAGE_BYTES_MAX = _STORE.size + PARTS_MAX * _PART.size
+_VIEWS_MAX = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StorePart:
+    """Bytes of one fragment that are to be stored.
+
+    Attributes:
+        fragment: Its id.
+        raw_size: Its length.
+        start: Where the bytes start in it.
+        size: How many.
+    """
+
+    fragment: FragmentId
+    raw_size: int
+    start: int
+    size: int
+
+
+def pack_store(inode: int, offset: int, parts: list[StorePart]) -> bytes:
+    """The message that asks for one store.
+
+    Args:
+        inode: The file.
+        offset: Where in the file; on a page.
+        parts: What is stored there, one after the other; at most `PARTS_MAX`.
+    """
+    message = _STORE.pack(inode, offset)
+    for part in parts:
+        message += _PART.pack(bytes(part.fragment), part.raw_size, part.start, part.size)
+    return message
+
+
+@dataclass(frozen=True, slots=True)
+class PusherOptions:
+    """What a pusher is told.
+
+    Attributes:
+        place: The shared fragment cache.
+        entry: The mount, to abort its connection.
+    """
+
+    place: CachePlace
+    entry: MountEntry
+
+    def to_json(self) -> str:
+        """For the pusher's standard input."""
+        return json.dumps(
+            {
+                "directory": os.fspath(self.place.directory),
+                "in_memory": self.place.in_memory,
+                "bytes_max": self.place.bytes_max,
+                "asked": self.place.asked,
+                "mount_id": self.entry.mount_id,
+                "device": self.entry.device,
+                "mountpoint": os.fspath(self.entry.mountpoint),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> PusherOptions:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        place = CachePlace(
+            Path(values["directory"]), values["in_memory"], values["bytes_max"], values["asked"]
+        )
+        entry = MountEntry(
+            values["mount_id"], values["device"], Path(values["mountpoint"]), (), "", ""
+        )
+        return cls(place, entry)
+
+
+class _Pusher:
+    def __init__(self, device: int, shared: SharedFragmentCache) -> None:
+        self._device = device
+        self._shared = shared
+        # Fragments end within pages, so neighbouring stores have one in common.
+        self._views: OrderedDict[bytes, memoryview] = OrderedDict()
+
+    def store(self, message: bytes) -> bytes:
+        start_ns = time.perf_counter_ns()
+        inode, offset = _STORE.unpack_from(message)
+        stored, error = 0, 0
+        try:
+            views = [
+                self._view(*part) for part in _PART.iter_unpack(memoryview(message)[_STORE.size :])
+            ]
+            if None not in views:
+                stored = self._store(inode, offset, [view for view in views if view is not None])
+        except OSError as failed:
+            error = failed.errno or 0
+        return PUSHED.pack(stored, error, time.perf_counter_ns() - start_ns)
+
+    def _store(self, inode: int, offset: int, views: list[memoryview]) -> int:
+        size = sum(view.nbytes for view in views)
+        length = _OUT_HEADER.size + _NOTIFY_STORE.size + size
+        header = _OUT_HEADER.pack(length, _FUSE_NOTIFY_STORE, 0)
+        os.writev(self._device, [header + _NOTIFY_STORE.pack(inode, offset, size, 0), *views])
+        return size
+
+    def _view(self, fragment: bytes, raw_size: int, start: int, size: int) -> memoryview | None:
+        """Bytes of a fragment; None if it has left the cache, which is no harm."""
+        raw = self._views.pop(fragment, None)
+        if raw is None:
+            raw = self._shared.get(FragmentId(fragment), raw_size)
+            if raw is None:
+                return None
+        self._views[fragment] = raw
+        if len(self._views) > _VIEWS_MAX:
+            self._views.popitem(last=False)
+        return raw[start : start + size]
+
+
+def _watch(channel: int, entry: MountEntry) -> None:
+    """Wait until the daemon is gone, and free whoever waits for it."""
+    poll = select.poll()
+    poll.register(channel, select.POLLRDHUP)
+    while True:
+        for _, event in poll.poll():
+            if event & (select.POLLHUP | select.POLLRDHUP | select.POLLERR | select.POLLNVAL):
+                abort_connection(entry)
+                os._exit(0)
+
+
+def main(arguments: list[str]) -> int:
+    """Store what is asked for until an empty message comes; returns the exit status."""
+    channel, device = int(arguments[0]), int(arguments[1])
+    for descriptor in (channel, device):
+        os.set_inheritable(descriptor, False)
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        # The daemon ends first, and it needs this process until then.
+        signal.signal(ignored, signal.SIG_IGN)
+    options = PusherOptions.from_json(sys.stdin.read())
+    threading.Thread(target=_watch, args=(channel, options.entry), daemon=True).start()
+    messages = socket.socket(fileno=channel)
+    pusher = _Pusher(device, SharedFragmentCache(options.place))
+    try:
+        while len(message := messages.recv(_MESSAGE_BYTES_MAX)) >= _STORE.size:
+            messages.send(pusher.store(message))
+    except OSError:
+        threading.Event().wait()  # the daemon is gone: the other thread ends this process
+    if message:
+        os._exit(0)  # told to end: the connection is the daemon's to close
+    threading.Event().wait()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""What answers the reads of a mount: caches, decoder processes, prefill; and their counters."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import trio
+
+from fragfs.cache.layered import LayeredFragmentCache
+from fragfs.cache.memory import CACHE_BYTES_MAX_DEFAULT, MemoryFragmentCache
+from fragfs.cache.place import CachePlace, choose_place
+from fragfs.cache.shared import SharedFragmentCache
+from fragfs.errors import StorageError
+from fragfs.library.extents import OpenContent
+from fragfs.library.library import FragmentLibrary
+from fragfs.mount.abort import can_abort
+from fragfs.mount.options import MountOptions
+from fragfs.mount.prefill import Prefill, Pusher
+from fragfs.mount.pusher import PusherOptions
+from fragfs.mount.table import MountEntry
+from fragfs.reader.decoder import DecoderOptions
+from fragfs.reader.fetch import FragmentFetcher
+from fragfs.reader.file import FileReader
+from fragfs.reader.pool import DecoderPool
+
+__all__ = ["MountReading"]
+
+log = logging.getLogger(__name__)
+
+_WORKERS_MAX = 16
+"""Decodes at once unless the user says otherwise: each holds some 10 MiB."""
+
+
+class MountReading:
+    """Reads of one mount. Belongs to the event loop's thread.
+
+    Args:
+        options: What the mount is asked to be.
+        library: Where the bytes are.
+        nursery: Where decodes run; must outlive every read.
+    """
+
+    def __init__(
+        self, options: MountOptions, library: FragmentLibrary, nursery: trio.Nursery
+    ) -> None:
+        self._options = options
+        self._library = library
+        self._nursery = nursery
+        workers = options.workers or min(max(2, os.cpu_count() or 1), _WORKERS_MAX)
+        self._place = _choose_place(options, library.uuid)
+        shared = SharedFragmentCache(self._place) if self._place is not None else None
+        self._cache = LayeredFragmentCache(
+            library.fragment,
+            library.dependent_count,
+            MemoryFragmentCache(CACHE_BYTES_MAX_DEFAULT),
+            shared,
+        )
+        self._pool: DecoderPool | None = None
+        if self._place is not None:
+            self._pool = DecoderPool(DecoderOptions(options.library, self._place), nursery, workers)
+        self._fetcher = FragmentFetcher(
+            library.decode_fragment, self._cache, nursery, workers=workers, pool=self._pool
+        )
+        self._reader = FileReader(self._fetcher)
+        self._prefill: Prefill | None = None
+        self._pusher: Pusher | None = None
+        self._reads = 0
+        self._bytes_returned = 0
+
+    def start(self, entry: MountEntry) -> None:
+        """Start the processes that help, now that the mount is there."""
+        if self._pool is not None:
+            self._pool.start()
+        if not self._options.prefill or self._place is None:
+            return
+        if can_abort(entry):
+            self._pusher = Pusher(PusherOptions(self._place, entry))
+            self._nursery.start_soon(self._pusher.receive)
+        else:
+            log.warning(
+                "no prefill: this user may not abort the connection of %s, so a crash of this"
+                " process could leave its readers waiting",
+                entry.mountpoint,
+            )
+        self._prefill = Prefill(self._fetcher, self._library.fragment, self._pusher, self._nursery)
+
+    def close(self) -> None:
+        """End the helper that holds the mount's device; the others end with the nursery."""
+        if self._pusher is not None:
+            self._pusher.close()
+
+    def leave_cache(self) -> None:
+        """Stop using the shared cache: when nothing reads, decodes or stores any more."""
+        if self._cache.shared is not None:
+            self._cache.shared.close()
+
+    async def read(self, content: OpenContent, offset: int, size: int) -> memoryview | bytearray:
+        """Read bytes of a content; see `FileReader.read`."""
+        if self._prefill is not None:
+            self._prefill.on_read(content, offset, size)
+        data = await self._reader.read(content, offset, size)
+        self._reads += 1
+        self._bytes_returned += len(data)
+        return data
+
+    def status(self) -> dict[str, object]:
+        """The counters of this mount, for the extended attribute `user.fragfs.status`."""
+        fetched = self._fetcher.statistics()
+        status: dict[str, object] = {
+            "pid": os.getpid(),
+            "helpers": self._pool.pids if self._pool is not None else [],
+            "library": os.fspath(self._options.library),
+            "reads": self._reads,
+            "bytes_returned": self._bytes_returned,
+            "decodes": fetched.decodes,
+            "bytes_decoded": fetched.decoded_bytes,
+            "waiting": fetched.flights,
+            "cache": None,
+            "prefill": None,
+        }
+        shared = self._cache.shared
+        if shared is not None:
+            counted = shared.statistics()
+            status["cache"] = {
+                "directory": counted.directory,
+                "in_memory": counted.in_memory,
+                "bytes_max": counted.bytes_max,
+                "bytes_held": counted.bytes_held,
+                "hits": counted.hits,
+                "misses": counted.misses,
+                "evictions": counted.evictions + (self._pool.evictions if self._pool else 0),
+                "damaged": counted.damaged,
+            }
+        if self._prefill is not None:
+            prefilled = self._prefill.statistics()
+            status["prefill"] = {
+                "pid": self._pusher.pid if self._pusher is not None else None,
+                "windows": prefilled.windows,
+                "pushed_bytes": prefilled.pushed_bytes,
+                "failed_stores": prefilled.failed_stores,
+                "push_s": prefilled.push_ns / 1e9,
+            }
+        return status
+
+
+def _choose_place(options: MountOptions, uuid: bytes) -> CachePlace | None:
+    """Where the cache is; a place that cannot be trusted is not used, and said."""
+    try:
+        place = choose_place(
+            uuid,
+            asked=options.cache_bytes_max,
+            directory=options.cache_directory,
+            disk=options.cache_on_disk,
+        )
+    except StorageError as error:
+        log.warning("no shared fragment cache: %s", error)
+        return None
+    if place is None and options.cache_bytes_max != 0:
+        log.warning("no shared fragment cache: too little shared memory and disk space")
+    return place
+
+
+def raise_read_ahead(entry: MountEntry, read_ahead_kb: int) -> bool:
+    """Have the kernel read ahead further on a mount; False if this user may not change it."""
+    try:
+        Path(f"/sys/class/bdi/{entry.device}/read_ahead_kb").write_text(str(read_ahead_kb))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""Where the readers of a file are, and what they will want next. Pure.
+
+The kernel asks for pages that are not in its cache. Whoever puts pages there ahead of a reader
+hears of it no more, so each window has a hole, the tripwire: the reader's miss there says how far
+it has come, and the next window is planned. Windows grow with each one that was used.
+
+- A read that follows another one belongs to its stream; several streams run at once.
+- A read at the start of a tensor starts a stream at once: loaders read tensors whole, in any order.
+- Any other read touches one fragment, which is all that it gets.
+- A stream stays within its tensor until its reader has gone on to the next one by itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from fragfs.library.extents import ExtentMap
+from fragfs.types import SpanKind
+
+__all__ = ["PAGE_BYTES", "TRIPWIRE_BYTES", "ReadAhead", "Stream", "Window"]
+
+PAGE_BYTES = 4096
+
+TRIPWIRE_BYTES = 128 << 10
+"""One request of a mount whose read-ahead nobody raised."""
+
+_STREAMS_MAX = 8
+_STREAM_BYTES_MIN = 256 << 10
+_SLACK_BYTES = 2 << 20
+_TENSOR_START_BYTES = 128 << 10
+_TENSOR_BYTES_MIN = 512 << 10
+_TRIPWIRE_AT = 4
+
+
+@dataclass(slots=True)
+class Window:
+    """A stretch of a file to be made ready for its reader.
+
+    Attributes:
+        start: First byte, on a page.
+        stop: Where it ends: on a page, or the end of the file.
+        trip: Where the tripwire is: a hole of `TRIPWIRE_BYTES` on a page; None has none.
+        stream: Whose it is; None for a touched fragment.
+    """
+
+    start: int
+    stop: int
+    trip: int | None = None
+    stream: Stream | None = None
+
+
+class Stream:
+    """One reader that goes front to back.
+
+    Attributes:
+        low: Where it began.
+        front: The end of the furthest read.
+        next: The end of what was planned.
+    """
+
+    __slots__ = ("crossed", "front", "low", "next", "trip", "window_bytes")
+
+    def __init__(self, offset: int, end: int, window_bytes: int) -> None:
+        self.low = offset
+        self.front = end
+        self.next = end
+        self.trip: int | None = None
+        self.window_bytes = window_bytes
+        self.crossed = False
+
+
+class ReadAhead:
+    """Follows the reads of one file.
+
+    Args:
+        extents: How it is assembled.
+        window_bytes_min: The first window of a stream.
+        window_bytes_max: The largest one.
+        gap_bytes: How far beyond a read a window starts: the kernel has asked for that already.
+    """
+
+    def __init__(
+        self,
+        extents: ExtentMap,
+        *,
+        window_bytes_min: int = 4 << 20,
+        window_bytes_max: int = 64 << 20,
+        gap_bytes: int = 256 << 10,
+    ) -> None:
+        self._extents = extents
+        self._size = extents.size
+        self._starts = [extent.offset for extent in extents if extent.first]
+        self._data_start = next(
+            (extent.offset for extent in extents if extent.kind is not SpanKind.HEADER), 0
+        )
+        self._window_bytes_min = window_bytes_min
+        self._window_bytes_max = window_bytes_max
+        self._gap_bytes = gap_bytes
+        self._streams: list[Stream] = []
+
+    def on_read(self, offset: int, size: int) -> Window | None:
+        """Note a read that the kernel asked for.
+
+        Args:
+            offset: First byte.
+            size: Bytes.
+
+        Returns:
+            What to make ready now, if anything; never what was planned for the stream before.
+        """
+        end = min(offset + size, self._size)
+        stream = self._stream_at(offset)
+        if stream is None:
+            return self._begin(offset, end)
+        before = stream.front
+        stream.front = max(before, end)
+        if not stream.crossed and self._crosses(before, stream.front):
+            stream.crossed = True
+        if stream.trip is not None and offset <= stream.trip < end:
+            stream.window_bytes = min(stream.window_bytes * 2, self._window_bytes_max)
+            return self._plan(stream, stream.next)
+        if end < stream.next or stream.front - stream.low < _STREAM_BYTES_MIN:
+            return None
+        if stream.front < self._data_start + _STREAM_BYTES_MIN:
+            return None  # the header, and what the kernel read with it
+        return self._plan(stream, stream.front + self._gap_bytes)
+
+    def _stream_at(self, offset: int) -> Stream | None:
+        for index, stream in enumerate(self._streams):
+            if stream.low <= offset <= stream.next + _SLACK_BYTES:
+                # Most recently used first: the last one is dropped for a new one.
+                self._streams.insert(0, self._streams.pop(index))
+                return stream
+        return None
+
+    def _begin(self, offset: int, end: int) -> Window | None:
+        stream = Stream(offset, end, self._window_bytes_min)
+        self._streams.insert(0, stream)
+        del self._streams[_STREAMS_MAX:]
+        if offset <= self._data_start:
+            return None
+        start, stop = self._tensor_at(end - 1)
+        begins = offset <= start or offset < start + _TENSOR_START_BYTES
+        if begins and stop - start >= _TENSOR_BYTES_MIN:
+            return self._plan(stream, end)
+        return self._touched((offset + end) // 2)
+
+    def _touched(self, offset: int) -> Window | None:
+        """The pages that lie in one fragment: it was decoded for the read anyway."""
+        extent = self._extents[self._extents.index_at(offset)]
+        start = -(-extent.offset // PAGE_BYTES) * PAGE_BYTES
+        stop = (extent.offset + extent.size) // PAGE_BYTES * PAGE_BYTES
+        return Window(start, stop) if start < stop else None
+
+    def _plan(self, stream: Stream, start: int) -> Window | None:
+        limit = self._size if stream.crossed else self._tensor_at(min(start, self._size) - 1)[1]
+        start = -(-start // PAGE_BYTES) * PAGE_BYTES
+        stop = min(start + stream.window_bytes, self._size)
+        if limit < stop:
+            stop = limit // PAGE_BYTES * PAGE_BYTES if limit < self._size else limit
+        stream.trip = None
+        if stop <= start:
+            return None
+        if stop < limit - PAGE_BYTES:
+            stream.trip = start + (stop - start) // _TRIPWIRE_AT // TRIPWIRE_BYTES * TRIPWIRE_BYTES
+        stream.next = stop
+        return Window(start, stop, stream.trip, stream)
+
+    def _crosses(self, before: int, after: int) -> bool:
+        return bisect_right(self._starts, before) != bisect_right(self._starts, after - 1)
+
+    def _tensor_at(self, offset: int) -> tuple[int, int]:
+        index = bisect_right(self._starts, offset)
+        start = self._starts[index - 1] if index else 0
+        stop = self._starts[index] if index < len(self._starts) else self._size
+        return start, stop

@@ -1,0 +1,258 @@
+"""The decoder process: `python -m fragfs.reader.decoder`, started by `reader.pool`.
+
+Options come on standard input. Requests and replies are messages on an inherited socket, one reply
+for each request, in order. A decoder decodes one record, with its bases found in the fragment
+cache, and publishes it there; it never waits for anybody: who has to be decoded first, or is being
+decoded elsewhere, is the reply. It holds no descriptor of a mount and dies with the process that
+started it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fragfs.cache.layered import LayeredFragmentCache
+from fragfs.cache.memory import MemoryFragmentCache
+from fragfs.cache.place import CachePlace
+from fragfs.cache.shared import SharedFragmentCache
+from fragfs.errors import FragmentError
+from fragfs.library.library import FragmentLibrary
+
+__all__ = ["REPLY", "REQUEST", "DecoderOptions", "Reply", "Status", "die_with_parent", "main"]
+
+REQUEST = struct.Struct("<q?")
+"""Fragment number; whether to decode missing bases as well."""
+
+REPLY = struct.Struct("<qBQQQQ")
+"""Fragment number, status, fragments decoded, their bytes, nanoseconds, files evicted from the
+cache; base numbers follow."""
+
+_VIEWS_BYTES_MAX = 16 << 20
+_PR_SET_PDEATHSIG = 1
+_NICE = 5
+
+
+class Status(enum.IntEnum):
+    """What became of a request.
+
+    Attributes:
+        DONE: The fragment is in the shared cache.
+        BUSY: Another process is decoding it.
+        NEEDS: The bases in the reply are not in the shared cache.
+        FAILED: It could not be decoded; decode it elsewhere to learn why.
+        FULL: It was decoded, but the shared cache has no room for it.
+    """
+
+    DONE = 0
+    BUSY = 1
+    NEEDS = 2
+    FAILED = 3
+    FULL = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A decoder's answer.
+
+    Attributes:
+        number: The fragment.
+        status: What became of it.
+        decoded: Fragments decoded for it.
+        decoded_bytes: Their raw bytes.
+        decode_ns: How long that took.
+        evicted: Files of the shared cache that were removed to make room.
+        bases: Fragments that have to be decoded first, for `NEEDS`.
+    """
+
+    number: int
+    status: Status
+    decoded: int = 0
+    decoded_bytes: int = 0
+    decode_ns: int = 0
+    evicted: int = 0
+    bases: tuple[int, ...] = ()
+
+    def pack(self) -> bytes:
+        """The message."""
+        head = REPLY.pack(
+            self.number,
+            self.status,
+            self.decoded,
+            self.decoded_bytes,
+            self.decode_ns,
+            self.evicted,
+        )
+        return head + struct.pack(f"<{len(self.bases)}q", *self.bases)
+
+    @classmethod
+    def parse(cls, data: bytes) -> Reply:
+        """Read what `pack` wrote."""
+        number, status, decoded, decoded_bytes, decode_ns, evicted = REPLY.unpack_from(data)
+        count = (len(data) - REPLY.size) // 8
+        bases = struct.unpack_from(f"<{count}q", data, REPLY.size)
+        return cls(number, Status(status), decoded, decoded_bytes, decode_ns, evicted, bases)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOptions:
+    """What a decoder is told.
+
+    Attributes:
+        library: The library's directory.
+        place: The shared fragment cache.
+    """
+
+    library: Path
+    place: CachePlace
+
+    def to_json(self) -> str:
+        """For the decoder's standard input."""
+        return json.dumps(
+            {
+                "library": os.fspath(self.library),
+                "directory": os.fspath(self.place.directory),
+                "in_memory": self.place.in_memory,
+                "bytes_max": self.place.bytes_max,
+                "asked": self.place.asked,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> DecoderOptions:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        place = CachePlace(
+            Path(values["directory"]), values["in_memory"], values["bytes_max"], values["asked"]
+        )
+        return cls(Path(values["library"]), place)
+
+
+class _Timed:
+    """The cache as the source of one decode: publishes what was decoded, with what it took."""
+
+    def __init__(self, cache: LayeredFragmentCache, library: FragmentLibrary) -> None:
+        self._cache = cache
+        self._library = library
+        self._since_ns = time.perf_counter_ns()
+        self._start_ns = self._since_ns
+        self.decoded = 0
+        self.decoded_bytes = 0
+        self.is_published = False
+
+    def get(self, number: int) -> memoryview | None:
+        raw = self._cache.get(number)
+        self._since_ns = time.perf_counter_ns()
+        return raw
+
+    def put(self, number: int, raw: memoryview) -> None:
+        decode_ns = time.perf_counter_ns() - self._since_ns
+        self.decoded += 1
+        self.decoded_bytes += raw.nbytes
+        self.is_published = self._cache.publish(self._library.fragment(number), raw, decode_ns)
+        self._cache.views.put(number, raw)
+        self._since_ns = time.perf_counter_ns()
+
+    def reply(self, number: int, status: Status, evicted: int) -> Reply:
+        elapsed_ns = time.perf_counter_ns() - self._start_ns
+        return Reply(number, status, self.decoded, self.decoded_bytes, elapsed_ns, evicted)
+
+
+class _Decoder:
+    def __init__(self, library: FragmentLibrary, shared: SharedFragmentCache) -> None:
+        self._library = library
+        self._shared = shared
+        self._cache = LayeredFragmentCache(
+            library.fragment,
+            library.dependent_count,
+            MemoryFragmentCache(_VIEWS_BYTES_MAX),
+            shared,
+        )
+
+    def answer(self, number: int, *, with_bases: bool) -> Reply:
+        try:
+            return self._answer(number, with_bases)
+        except (FragmentError, OSError, MemoryError):
+            return Reply(number, Status.FAILED)
+
+    def _answer(self, number: int, with_bases: bool) -> Reply:
+        fragment = self._library.fragment(number).id
+        if self._shared.holds(fragment):
+            return Reply(number, Status.DONE)
+        if not with_bases:
+            missing = self._missing_bases(number)
+            if missing:
+                return Reply(number, Status.NEEDS, bases=missing)
+        if not self._shared.claim(fragment):
+            return Reply(number, Status.BUSY)
+        try:
+            # It may have been published between the first look and the claim.
+            if self._shared.holds(fragment):
+                return Reply(number, Status.DONE)
+            source = _Timed(self._cache, self._library)
+            evictions = self._shared.evictions
+            self._library.decode_fragment(number, source)
+            status = Status.DONE if source.is_published else Status.FULL
+            return source.reply(number, status, self._shared.evictions - evictions)
+        finally:
+            self._shared.release(fragment)
+
+    def _missing_bases(self, number: int) -> tuple[int, ...]:
+        return tuple(
+            base
+            for base in self._library.bases(number)
+            if self._cache.views.get(base) is None
+            and not self._shared.holds(self._library.fragment(base).id)
+        )
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends.
+
+    Args:
+        parent: Process id of who started it.
+
+    Raises:
+        SystemExit: It has ended already.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Answer requests until the other end of the socket is closed; returns the exit status."""
+    channel, parent = int(arguments[0]), int(arguments[1])
+    os.set_inheritable(channel, False)
+    die_with_parent(parent)
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # of the terminal: the parent ends us in time
+        signal.signal(ignored, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
+    # Whoever faults on a page and whoever answers it must not queue behind decoding ahead.
+    os.nice(_NICE)
+    options = DecoderOptions.from_json(sys.stdin.read())
+    with (
+        socket.socket(fileno=channel) as messages,
+        FragmentLibrary.open(options.library) as library,
+    ):
+        decoder = _Decoder(library, SharedFragmentCache(options.place))
+        while data := messages.recv(REQUEST.size):
+            number, with_bases = REQUEST.unpack(data)
+            messages.send(decoder.answer(number, with_bases=with_bases).pack())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,237 @@
+"""The decoder processes of one reader: started, fed, replaced when they die.
+
+Decodes that somebody waits for go first; a process holds two requests at most, so that what is
+urgent waits for two decodes and never for a window of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import subprocess
+import sys
+from collections import deque
+from os import getpid
+
+import trio
+
+from fragfs.reader.decoder import REPLY, REQUEST, DecoderOptions, Reply, Status
+
+__all__ = ["Decode", "DecoderPool"]
+
+log = logging.getLogger(__name__)
+
+_REQUESTS_PER_DECODER = 2
+_ATTEMPTS = 2
+"""A record whose decode killed two processes is decoded in this one, which has better checks on."""
+
+_RESTARTS_MAX = 8
+"""Deaths in a row, without a reply in between, after which no process is started any more."""
+
+_RESTART_S = 0.05
+_BASES_MAX = 64
+
+
+class Decode:
+    """A fragment that is to be decoded, by whom and how soon only the pool knows."""
+
+    __slots__ = ("attempts", "done", "is_taken", "number", "reply", "with_bases")
+
+    def __init__(self, number: int, *, with_bases: bool) -> None:
+        self.number = number
+        self.with_bases = with_bases
+        self.is_taken = False
+        self.attempts = 0
+        self.reply: Reply | None = None
+        self.done = trio.Event()
+
+    def finish(self, reply: Reply) -> None:
+        """Wake who waits for it."""
+        self.reply = reply
+        self.done.set()
+
+
+class _Process:
+    """One decoder and the jobs it has, in the order of their replies."""
+
+    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+        self.process = process
+        self.channel = channel
+        self.jobs: deque[Decode] = deque()
+
+
+class DecoderPool:
+    """Decodes fragments into the shared cache, in processes of its own.
+
+    All methods belong to the event loop's thread.
+
+    Args:
+        options: What each process is told.
+        nursery: Where the pool's tasks run; when it is cancelled the processes end.
+        count: How many processes; at least 1.
+    """
+
+    def __init__(self, options: DecoderOptions, nursery: trio.Nursery, count: int) -> None:
+        self._options = options
+        self._nursery = nursery
+        self._urgent: deque[Decode] = deque()
+        self._ahead: deque[Decode] = deque()
+        self._processes: list[_Process] = []
+        self._restarts = 0
+        self._count = count
+        self.decodes = 0
+        self.decoded_bytes = 0
+        self.decode_ns = 0
+        self.evictions = 0
+
+    def start(self) -> None:
+        """Start the processes; what is asked before they are ready waits for them."""
+        for _ in range(self._count):
+            self._nursery.start_soon(self._run)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run now."""
+        return [process.process.pid for process in self._processes]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether anything will be decoded at all: false when processes keep dying."""
+        return self._restarts <= _RESTARTS_MAX
+
+    def submit(self, number: int, *, urgent: bool, with_bases: bool = False) -> Decode:
+        """Have a fragment decoded; its reply comes from `wait`."""
+        job = Decode(number, with_bases=with_bases)
+        (self._urgent if urgent else self._ahead).append(job)
+        self._feed()
+        return job
+
+    def hurry(self, job: Decode) -> None:
+        """Somebody waits for a job that was submitted to be ready early."""
+        if not job.is_taken:
+            self._urgent.append(job)
+            self._feed()
+
+    async def wait(self, job: Decode) -> Reply:
+        """The reply to a job; `FAILED` if no process lives to give one."""
+        if not self.is_alive and not job.done.is_set():
+            return Reply(job.number, Status.FAILED)
+        await job.done.wait()
+        assert job.reply is not None
+        return job.reply
+
+    # --- the processes
+
+    def _feed(self) -> None:
+        while True:
+            free = min(self._processes, key=lambda process: len(process.jobs), default=None)
+            if free is None or len(free.jobs) >= _REQUESTS_PER_DECODER:
+                return
+            job = self._next()
+            if job is None:
+                return
+            self._send(free, job)
+
+    def _next(self) -> Decode | None:
+        for queue in (self._urgent, self._ahead):
+            while queue:
+                job = queue.popleft()
+                if not job.is_taken:  # else it stands in both queues and was served by the other
+                    job.is_taken = True
+                    return job
+        return None
+
+    def _send(self, process: _Process, job: Decode) -> None:
+        job.attempts += 1
+        process.jobs.append(job)
+        # Two short messages never fill a socket's buffer. A dead process is noticed by its reader,
+        # which takes the job back.
+        with contextlib.suppress(OSError):
+            process.channel.send(REQUEST.pack(job.number, job.with_bases))
+
+    async def _run(self) -> None:
+        while self.is_alive:
+            try:
+                process = _start(self._options)
+            except OSError as error:
+                log.error("cannot start a decoder process: %s", error)
+                self._restarts = _RESTARTS_MAX + 1
+                break
+            self._processes.append(process)
+            self._feed()
+            try:
+                await self._receive(process)
+            finally:
+                self._processes.remove(process)
+                process.channel.close()
+                process.process.kill()
+                process.process.wait()
+            self._restarts += 1
+            log.warning("a decoder process (%d) has ended", process.process.pid)
+            self._take_back(process)
+            await trio.sleep(_RESTART_S * self._restarts)
+        log.error("decoder processes keep ending: decoding in the daemon itself")
+        while not self._processes and (job := self._next()) is not None:
+            job.finish(Reply(job.number, Status.FAILED))
+
+    async def _receive(self, process: _Process) -> None:
+        size = REPLY.size + 8 * _BASES_MAX
+        while True:
+            await trio.lowlevel.wait_readable(process.channel)
+            try:
+                data = process.channel.recv(size)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            if not data:
+                return
+            reply = Reply.parse(data)
+            job = process.jobs.popleft()
+            self._restarts = 0
+            self.decodes += reply.decoded
+            self.decoded_bytes += reply.decoded_bytes
+            self.decode_ns += reply.decode_ns
+            self.evictions += reply.evicted
+            job.finish(reply)
+            self._feed()
+
+    def _take_back(self, process: _Process) -> None:
+        for job in process.jobs:
+            if job.attempts < _ATTEMPTS:
+                job.is_taken = False
+                self._urgent.append(job)
+            else:
+                job.finish(Reply(job.number, Status.FAILED))
+        process.jobs.clear()
+        self._feed()
+
+
+def _start(options: DecoderOptions) -> _Process:
+    """Start a decoder: a new program, so that it inherits no lock, thread or SQLite connection.
+
+    Raises:
+        OSError: The system refused.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "fragfs.reader.decoder",
+                str(theirs.fileno()),
+                str(getpid()),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            cwd="/",
+        )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(options.to_json().encode())
+    ours.setblocking(False)
+    return _Process(process, ours)
