@@ -1,15 +1,18 @@
-"""What one process sees of the decoded fragments: its views, and behind them the shared cache."""
+"""What one process sees of the decoded fragments: what it holds, then what all share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from fragfs.cache.memory import MemoryFragmentCache
-from fragfs.cache.shared import SharedFragmentCache
+from fragfs.cache.shared import FragmentFile, SharedFragmentCache
 from fragfs.types import FragmentMetadata
 
 __all__ = ["LayeredFragmentCache", "leaving_credit_s"]
 
+_IDENTITIES_MAX = 1 << 14
+_FILE_BYTES_MIN = 64 << 10
 _CREDIT_S = 10.0
 _BASE_CREDIT_S = 600.0
 _TYPICAL_NS_PER_BYTE = 1.0
@@ -31,44 +34,55 @@ class LayeredFragmentCache:
     """A `DecodedSource` over views held by this process and the files shared with others.
 
     Args:
-        identify: Where a fragment is stored, by number; asked for what is not held as a view.
+        identify: Where a fragment is stored, by number; asked for what is not held.
         dependent_count: How many fragments are predicted from one.
-        views: What this process holds.
-        shared: What all hold; None keeps to the views.
+        held: What this process has at hand: open files of the shared cache, or bytes.
+        shared: What all hold; None keeps to what this process holds.
     """
 
     def __init__(
         self,
         identify: Callable[[int], FragmentMetadata],
         dependent_count: Callable[[int], int],
-        views: MemoryFragmentCache,
+        held: MemoryFragmentCache[memoryview | FragmentFile],
         shared: SharedFragmentCache | None,
     ) -> None:
-        self._identify = identify
+        # Where a fragment lies may change; its id and its size, which are used here, do not.
+        self._identify = lru_cache(_IDENTITIES_MAX)(identify)
         self._dependent_count = dependent_count
-        self.views = views
+        self.held = held
         self.shared = shared
+
+    def find(self, number: int) -> memoryview | FragmentFile | None:
+        """A fragment, or None if it has to be decoded."""
+        found = self.held.get(number)
+        if found is not None or self.shared is None:
+            return found
+        metadata = self._identify(number)
+        file = self.shared.get(metadata.id, metadata.raw_size)
+        if file is not None:
+            # A small one is not worth a descriptor.
+            self.held.put(number, file if file.nbytes >= _FILE_BYTES_MIN else file.view())
+        return file
 
     def get(self, number: int) -> memoryview | None:
         """The bytes of a fragment, or None if they have to be decoded."""
-        raw = self.views.get(number)
-        if raw is not None or self.shared is None:
-            return raw
-        metadata = self._identify(number)
-        raw = self.shared.get(metadata.id, metadata.raw_size)
-        if raw is not None:
-            self.views.put(number, raw)
-        return raw
+        found = self.find(number)
+        return found.view() if isinstance(found, FragmentFile) else found
+
+    def identify(self, number: int) -> FragmentMetadata:
+        """A fragment's id and size; where it lies may be out of date."""
+        return self._identify(number)
 
     def holds(self, number: int) -> bool:
         """Whether a fragment is at hand; one in the shared cache may leave at any moment."""
-        if self.views.holds(number):
+        if self.held.holds(number):
             return True
         return self.shared is not None and self.shared.holds(self._identify(number).id)
 
     def put(self, number: int, raw: memoryview) -> None:
         """Keep the bytes of a fragment, for this process and, if there is room, for all."""
-        self.views.put(number, raw)
+        self.held.put(number, raw)
         if self.shared is not None:
             self.publish(self._identify(number), raw)
 

@@ -1,7 +1,7 @@
-"""Decoded fragments in the memory of one process: least recently used leave first.
+"""Decoded fragments that one process has at hand: least recently used leave first.
 
 Used by the mount, so that neighbouring reads of one fragment look for it once: what it holds are
-mappings of the shared cache, or, without one, the bytes themselves. Bounded in bytes, not in
+open files of the shared cache, or, without one, the bytes themselves. Bounded in bytes, not in
 entries, because fragments differ in size by three orders of magnitude.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from fragfs.errors import UsageError
 
@@ -40,11 +41,19 @@ class MemoryCacheStatistics:
     evictions: int
 
 
-class MemoryFragmentCache:
-    """A byte-bounded LRU of decoded fragments; a `DecodedSource`.
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+Held = TypeVar("Held", bound=_Sized)
+
+
+class MemoryFragmentCache(Generic[Held]):
+    """A byte-bounded LRU of decoded fragments.
 
     Safe to call from any thread; never blocks on anything but its own short lock. A fragment's
-    bytes never change, so a view handed out stays right after the fragment was evicted.
+    bytes never change, so what was handed out stays right after the fragment was evicted.
 
     Args:
         bytes_max: Most bytes of fragments to hold; 0 holds nothing.
@@ -58,13 +67,13 @@ class MemoryFragmentCache:
             raise UsageError(f"the fragment cache cannot hold {bytes_max} bytes")
         self._bytes_max = bytes_max
         self._lock = threading.Lock()
-        self._fragments: OrderedDict[int, memoryview] = OrderedDict()
+        self._fragments: OrderedDict[int, Held] = OrderedDict()
         self._bytes_held = 0
         self._hits = 0
         self._misses = 0
         self._evictions = 0
 
-    def get(self, number: int) -> memoryview | None:
+    def get(self, number: int) -> Held | None:
         """The decoded bytes of a fragment, which thereby becomes the most recently used."""
         with self._lock:
             raw = self._fragments.get(number)
@@ -80,7 +89,7 @@ class MemoryFragmentCache:
         with self._lock:
             return number in self._fragments
 
-    def put(self, number: int, raw: memoryview) -> None:
+    def put(self, number: int, raw: Held) -> None:
         """Keep the decoded bytes of a fragment, if they fit the budget at all.
 
         Args:

@@ -29,9 +29,10 @@ import xxhash
 
 from fragfs.cache.place import CachePlace, measure_budget
 from fragfs.cache.users import USERS_NAME, begin_use, end_use
+from fragfs.errors import FragmentError, StorageError
 from fragfs.types import FragmentId
 
-__all__ = ["FOOTER", "CacheStatistics", "SharedFragmentCache", "file_name"]
+__all__ = ["FOOTER", "CacheStatistics", "FragmentFile", "SharedFragmentCache", "file_name"]
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,9 @@ _KEEP_AFTER_TRIM = 0.9
 _RESCANS_PER_BUDGET = 16
 _CHECK_ONE_IN = 16
 _FULL_S = 2.0
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _MAP_BYTES_MIN = 64 << 10
-"""Smaller fragments are copied: each mapping keeps a descriptor."""
+"""Smaller fragments are copied."""
 _FLOCK = struct.Struct("@hhqqi0q")
 
 
@@ -85,6 +87,68 @@ class CacheStatistics:
     refused: int
     evictions: int
     damaged: int
+
+
+class FragmentFile:
+    """One fragment of the cache, open: readable whatever is evicted.
+
+    Attributes:
+        nbytes: Bytes of the fragment.
+    """
+
+    __slots__ = ("_descriptor", "_view", "nbytes")
+
+    def __init__(self, descriptor: int, raw_size: int) -> None:
+        self._descriptor = descriptor
+        self._view: memoryview | None = None
+        self.nbytes = raw_size
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def fileno(self) -> int:
+        """The descriptor, for as long as this object lives."""
+        return self._descriptor
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Some of the bytes, in memory of their own.
+
+        Raises:
+            StorageError: The disk failed.
+        """
+        data = bytearray(stop - start)
+        self.read_into(data, start)
+        return bytes(data)
+
+    def read_into(self, buffer: bytearray | memoryview, start: int) -> None:
+        """Fill a buffer with the bytes from `start` on.
+
+        For who wants each byte once it is cheaper than a mapping; memory that was used a moment ago
+        is cheaper than fresh memory.
+
+        Raises:
+            StorageError: The disk failed.
+        """
+        try:
+            size = os.preadv(self._descriptor, [buffer], start)
+        except OSError as error:
+            raise StorageError(
+                f"cannot read the fragment cache: {error.strerror}", errno=error.errno
+            ) from error
+        if size != len(buffer):
+            raise StorageError("a file of the fragment cache has become shorter")
+
+    def view(self) -> memoryview:
+        """All the bytes, mapped read-only."""
+        if self._view is None:
+            if self.nbytes < _MAP_BYTES_MIN:
+                self._view = memoryview(self.read(0, self.nbytes))
+            else:
+                # Populated: one walk over the page tables instead of a fault for every 64 KiB.
+                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+                mapped = mmap.mmap(self._descriptor, self.nbytes, flags=flags, prot=mmap.PROT_READ)
+                self._view = memoryview(mapped)
+        return self._view
 
 
 class SharedFragmentCache:
@@ -127,8 +191,8 @@ class SharedFragmentCache:
 
     # --- reading
 
-    def get(self, fragment: FragmentId, raw_size: int) -> memoryview | None:
-        """The bytes of a fragment, mapped read-only, or None.
+    def get(self, fragment: FragmentId, raw_size: int) -> FragmentFile | None:
+        """A fragment, or None.
 
         Args:
             fragment: Its id.
@@ -136,22 +200,19 @@ class SharedFragmentCache:
         """
         path = os.path.join(self._path, file_name(fragment))
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            file = FragmentFile(os.open(path, _READ), raw_size)
         except OSError:
             self._misses += 1
             return None
         try:
-            whole = _view(descriptor, raw_size + FOOTER.size)
-        except (OSError, ValueError):
-            whole = None
-        finally:
-            os.close(descriptor)
-        raw = None if whole is None else self._check(whole, fragment, raw_size)
-        if raw is None:
+            is_right = self._is_right(file, fragment)
+        except (FragmentError, OSError, ValueError):
+            is_right = False
+        if not is_right:
             self._drop_damaged(path)
             return None
         self._hits += 1
-        return raw
+        return file
 
     def holds(self, fragment: FragmentId) -> bool:
         """Whether a fragment is there; it may leave at any moment."""
@@ -173,15 +234,19 @@ class SharedFragmentCache:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self._path, file_name(fragment)))
 
-    def _check(self, view: memoryview, fragment: FragmentId, raw_size: int) -> memoryview | None:
-        magic, size, checksum, identity = FOOTER.unpack(view[raw_size:])
-        if magic != MAGIC or size != raw_size or identity != bytes(fragment):
-            return None
-        raw = view[:raw_size]
+    def _is_right(self, file: FragmentFile, fragment: FragmentId) -> bool:
+        size = file.nbytes
+        if os.fstat(file.fileno()).st_size != size + FOOTER.size:
+            return False
+        footer = FOOTER.unpack(file.read(size, size + FOOTER.size))
+        magic, named_size, checksum, identity = footer
+        if magic != MAGIC or named_size != size or identity != bytes(fragment):
+            return False
         # The hash of a fragment in memory costs a tenth of storing it into the page cache: too
         # much for every one of them, and what memory forgets, the page cache would forget as well.
-        is_due = self._check_all or self._hits % _CHECK_ONE_IN == 0
-        return None if is_due and xxhash.xxh3_64_intdigest(raw) != checksum else raw
+        if not self._check_all and self._hits % _CHECK_ONE_IN:
+            return True
+        return bool(xxhash.xxh3_64_intdigest(file.view()) == checksum)
 
     def _drop_damaged(self, path: str) -> None:
         self._damaged += 1
@@ -349,18 +414,6 @@ class SharedFragmentCache:
             evictions=self.evictions,
             damaged=self._damaged,
         )
-
-
-def _view(descriptor: int, size: int) -> memoryview | None:
-    """All of a file, read-only; None if it has another size."""
-    if os.fstat(descriptor).st_size != size:
-        return None
-    if size < _MAP_BYTES_MIN:
-        data = os.pread(descriptor, size, 0)
-        return memoryview(data) if len(data) == size else None
-    # Populated: one walk over the page tables instead of a fault for every 64 KiB.
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    return memoryview(mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ))
 
 
 def _lock_of(kind: int, fragment: FragmentId) -> bytes:

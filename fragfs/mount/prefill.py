@@ -36,8 +36,12 @@ __all__ = ["Prefill", "PrefillStatistics", "Pusher"]
 
 log = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 2 << 20
-_STORES_IN_FLIGHT = 3
+_CHUNK_BYTES = 960 << 10
+_STORES_IN_FLIGHT = 2
+_LEAP_BYTES = 1 << 20
+"""How far ahead of a reader who has overtaken the stores go on: what it faults on at once, and what
+the kernel then reads ahead, would make them wait."""
+
 _DECODES_AHEAD = 8
 _CONTENTS_MAX = 256
 _MEMORY_BYTES_MIN = 256 << 20
@@ -221,7 +225,7 @@ class Prefill:
                 stream = window.stream
                 if stream is not None and stream.front > position:
                     # The reader has overtaken: what it asks for itself is not stored again.
-                    position = -(-stream.front // PAGE_BYTES) * PAGE_BYTES
+                    position = -(-(stream.front + _LEAP_BYTES) // PAGE_BYTES) * PAGE_BYTES
                     if position >= window.stop:
                         return
                 if self._is_memory_short():

@@ -84,7 +84,7 @@ class MountReading:
                 " process could leave its readers waiting",
                 entry.mountpoint,
             )
-        self._prefill = Prefill(self._fetcher, self._library.fragment, self._pusher, self._nursery)
+        self._prefill = Prefill(self._fetcher, self._cache.identify, self._pusher, self._nursery)
 
     def close(self) -> None:
         """End the helper that holds the mount's device; the others end with the nursery."""
@@ -100,7 +100,9 @@ class MountReading:
         """Read bytes of a content; see `FileReader.read`."""
         if self._prefill is not None:
             self._prefill.on_read(content, offset, size)
-        data = await self._reader.read(content, offset, size)
+        data: memoryview | bytearray | None = self._reader.read_nowait(content, offset, size)
+        if data is None:
+            data = await self._reader.read(content, offset, size)
         self._reads += 1
         self._bytes_returned += len(data)
         return data

@@ -111,13 +111,17 @@ class ReadAhead:
         """
         end = min(offset + size, self._size)
         stream = self._stream_at(offset)
+        if stream is not None and offset < stream.front - _SLACK_BYTES:
+            # It was read or stored before and has left the page cache: somebody begins again.
+            self._streams.remove(stream)
+            stream = None
         if stream is None:
             return self._begin(offset, end)
         before = stream.front
         stream.front = max(before, end)
         if not stream.crossed and self._crosses(before, stream.front):
             stream.crossed = True
-        if stream.trip is not None and offset <= stream.trip < end:
+        if stream.trip is not None and end > stream.trip:
             stream.window_bytes = min(stream.window_bytes * 2, self._window_bytes_max)
             return self._plan(stream, stream.next)
         if end < stream.next or stream.front - stream.low < _STREAM_BYTES_MIN:

@@ -160,7 +160,7 @@ class _Timed:
         self.decoded += 1
         self.decoded_bytes += raw.nbytes
         self.is_published = self._cache.publish(self._library.fragment(number), raw, decode_ns)
-        self._cache.views.put(number, raw)
+        self._cache.held.put(number, raw)
         self._since_ns = time.perf_counter_ns()
 
     def reply(self, number: int, status: Status, evicted: int) -> Reply:
@@ -211,7 +211,7 @@ class _Decoder:
         return tuple(
             base
             for base in self._library.bases(number)
-            if self._cache.views.get(base) is None
+            if self._cache.held.get(base) is None
             and not self._shared.holds(self._library.fragment(base).id)
         )
 

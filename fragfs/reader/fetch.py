@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import trio
 
 from fragfs.cache.layered import LayeredFragmentCache
+from fragfs.cache.shared import FragmentFile
 from fragfs.errors import StorageError
 from fragfs.library.decode import DecodedSource
 from fragfs.reader.decoder import Reply, Status
@@ -60,7 +61,7 @@ class _Flight:
 
     def __init__(self, *, is_urgent: bool) -> None:
         self.done = trio.Event()
-        self.raw: memoryview | None = None
+        self.raw: memoryview | FragmentFile | None = None
         self.error: BaseException | None = None
         self.is_urgent = is_urgent
         self.decode: Decode | None = None
@@ -138,8 +139,8 @@ class FragmentFetcher:
             flight = self._flights.get(number) or self._start(number, urgent=False)
             await flight.done.wait()
 
-    async def fetch(self, number: int) -> memoryview:
-        """The decoded bytes of a fragment.
+    async def fetch(self, number: int) -> memoryview | FragmentFile:
+        """A decoded fragment.
 
         Does not pass a checkpoint if the fragment is cached: the mount's request loop passes one
         per request anyway, and a second would cost as much as the rest of the read.
@@ -148,16 +149,16 @@ class FragmentFetcher:
             number: The fragment's number in the catalog.
 
         Returns:
-            A read-only view of all its raw bytes. Hold it no longer than a reply takes: it may
-            outlive its place in the cache.
+            A read-only view of all its raw bytes, or a file that has them. It outlives its place
+            in the cache.
 
         Raises:
             FragmentError: Whatever the decode raised.
             StorageError: The fetcher's nursery was cancelled before the decode began; retryable.
         """
-        raw = self._cache.get(number)
-        if raw is not None:
-            return raw
+        found = self._cache.find(number)
+        if found is not None:
+            return found
         flight = self._flights.get(number)
         if flight is None:
             flight = self._start(number, urgent=True)
@@ -170,7 +171,7 @@ class FragmentFetcher:
             raise flight.error.with_traceback(None)
         if flight.raw is None:
             # Decoded by a process, and only asked for by now.
-            flight.raw = self._cache.get(number)
+            flight.raw = self._cache.find(number)
         if flight.raw is None:
             # It left a small cache in between.
             flight.raw = await self._in_thread(number)

@@ -7,13 +7,12 @@ import stat
 import pytest
 from pyfuse3 import FUSEError
 
-from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.errors import IntegrityError
 from fragfs.mount.inodes import ROOT_INODE, InodeTable
 from fragfs.mount.operations import ENTRY_TIMEOUT_S, MountOperations, Ownership
 from fragfs.reader.fetch import FragmentFetcher
 from fragfs.reader.file import FileReader
-from tests.reader.fakes import MTIME_NS, FakeLibrary
+from tests.reader.fakes import MTIME_NS, FakeLibrary, memory_cache
 
 DATA = bytes(range(256)) * 20
 
@@ -27,7 +26,7 @@ def library():
 
 @pytest.fixture
 def operations(library, nursery):
-    fetcher = FragmentFetcher(library.decode_fragment, MemoryFragmentCache(), nursery, workers=1)
+    fetcher = FragmentFetcher(library.decode_fragment, memory_cache(), nursery, workers=1)
     table = InodeTable(library.lookup(b""))
     return MountOperations(library, library, table, FileReader(fetcher), Ownership(7, 8, 0o027))
 

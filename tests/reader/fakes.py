@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
+from fragfs.cache.layered import LayeredFragmentCache
+from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.errors import NotFoundError
 from fragfs.library.extents import ExtentMap, ExtentMapBuilder, OpenContent
 from fragfs.library.tree import Directory, File
@@ -27,6 +29,15 @@ def extents_of(sizes, fragments=None, offsets=None):
             first=index == 0,
         )
     return builder.build()
+
+
+def _nobody(number):
+    raise NotFoundError(f"fragment {number} is only known by number")
+
+
+def memory_cache(bytes_max=1 << 20):
+    """A cache of one process, without a shared one behind it."""
+    return LayeredFragmentCache(_nobody, _nobody, MemoryFragmentCache(bytes_max), None)
 
 
 def content_of(extents, number=1024):

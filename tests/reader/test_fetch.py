@@ -3,9 +3,9 @@ import threading
 import pytest
 import trio
 
-from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.errors import IntegrityError, StorageError
 from fragfs.reader.fetch import FragmentFetcher
+from tests.reader.fakes import memory_cache
 
 
 class GatedDecoder:
@@ -55,7 +55,7 @@ async def decoder():
 
 @pytest.fixture
 def cache():
-    return MemoryFragmentCache(10_000)
+    return memory_cache(10_000)
 
 
 async def test_a_hundred_tasks_share_one_flight(decoder, cache, nursery):
@@ -220,7 +220,7 @@ async def test_waiting_reads_hold_no_decoded_bytes(nursery):
         source.put(number, memoryview(raw))
         return memoryview(raw)
 
-    fetcher = FragmentFetcher(decode, MemoryFragmentCache(0), nursery, workers=2)
+    fetcher = FragmentFetcher(decode, memory_cache(0), nursery, workers=2)
 
     async def ask(number):
         (await fetcher.fetch(number)).release()

@@ -3,11 +3,10 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.errors import IntegrityError
 from fragfs.reader.fetch import FragmentFetcher
 from fragfs.reader.file import FileReader
-from tests.reader.fakes import FakeLibrary, content_of, extents_of
+from tests.reader.fakes import FakeLibrary, content_of, extents_of, memory_cache
 
 
 def pattern(size):
@@ -15,7 +14,7 @@ def pattern(size):
 
 
 def reader_of(library, nursery, bytes_max=1 << 20):
-    cache = MemoryFragmentCache(bytes_max)
+    cache = memory_cache(bytes_max)
     return FileReader(FragmentFetcher(library.decode_fragment, cache, nursery, workers=2))
 
 
@@ -68,7 +67,7 @@ async def test_fragments_of_one_read_are_decoded_side_by_side(nursery):
             await super()._fly(number, flight)
             running -= 1
 
-    cache = MemoryFragmentCache()
+    cache = memory_cache()
     fetcher = Recording(library.decode_fragment, cache, nursery, workers=2)
     await FileReader(fetcher).read(content, 500, 1000)
     assert running_max == 2
