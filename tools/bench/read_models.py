@@ -67,11 +67,9 @@ def make_fine_tune(base: Path, path: Path, seed: int = 6) -> Path:
 
 
 def _weights(rng: np.random.Generator, count: int) -> bytes:
+    scale = np.float32(_SCALE)
     return b"".join(
-        cast_f32(
-            memoryview(rng.standard_normal(size, np.float32) * np.float32(_SCALE)).cast("B"),
-            "BF16",
-        )
+        cast_f32((rng.standard_normal(size, np.float32) * scale).data, "BF16")
         for size in _chunks(count)
     )
 
@@ -84,7 +82,7 @@ def _moved(raw: memoryview, noise: NDArray[np.float32], rng: np.random.Generator
     for size in _chunks(weights.size):
         wide = (weights[start : start + size].astype("<u4") << 16).view("<f4")
         first = int(rng.integers(0, noise.size - size + 1))
-        pieces.append(cast_f32(memoryview(wide + noise[first : first + size]).cast("B"), "BF16"))
+        pieces.append(cast_f32((wide + noise[first : first + size]).data, "BF16"))
         start += size
     return b"".join(pieces)
 

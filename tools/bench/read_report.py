@@ -175,7 +175,7 @@ def _ratios(samples: Samples, facts: ReadFacts) -> Table:
         _put(table, f"read.backwards.{state}_of_forwards", backwards)
         if threads is not None and backwards is not None:
             table.notes.append(
-                f"{_STATES[state].capitalize()}: 4 threads / one {threads:.2f}, last to first /"
+                f"{_STATES[state]}: 4 threads / one {threads:.2f}, last to first /"
                 f" first to last {backwards:.2f}."
             )
     return table

@@ -218,6 +218,9 @@ def _import_loader() -> str | None:
     }
     for name in modules[loader] if loader else ():
         importlib.import_module(name)
+    if loader == "torch":
+        # What the first tensor of a process costs is not a matter of files.
+        importlib.import_module("torch").zeros(1).clone()
     return loader
 
 

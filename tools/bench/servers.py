@@ -126,7 +126,6 @@ def fragfs_mount(library: Path, *options: str) -> Iterator[Server]:
         library: What to mount.
         options: More options of `fragfs mount`.
     """
-    fragfs = (sys.executable, "-m", "fragfs", "--quiet")
     with _mountpoint(library.parent) as point, contextlib.ExitStack() as stack:
         chosen = list(options)
         if mount_offers("--cache-dir"):
@@ -135,12 +134,14 @@ def fragfs_mount(library: Path, *options: str) -> Iterator[Server]:
             chosen += ["--cache-dir", cache_directory]
         stack.callback(lambda: end(marked(os.fspath(point))))
         try:
-            words = [*fragfs, "--library", library, "mount", "--grace", "0", *chosen, point]
-            _run(*words, environment={MARK: os.fspath(point)})
+            fragfs = (sys.executable, "-m", "fragfs", "--quiet", "--library", library)
+            environment = {MARK: os.fspath(point)}
+            _run(*fragfs, "mount", "--grace", "0", *chosen, point, environment=environment)
             yield Server(point, tuple(marked(os.fspath(point))), is_marked=True)
         finally:
+            # Not `fragfs umount`: that one starts an interpreter, and a run has a hundred mounts.
             if os.path.ismount(point):
-                _detach(*fragfs, "umount", point, lazy=("--lazy",))
+                _detach("fusermount3", "-u", point, lazy=("-z",))
 
 
 def _detach(*command: str | Path, lazy: tuple[str, ...]) -> None:
@@ -232,7 +233,7 @@ def serve_with_squashfs(image: Path) -> Iterator[Server]:
 def _foreground(place: Path, *command: str | Path) -> Iterator[Server]:
     """A FUSE server that stays our child; the mount point is its last argument."""
     with _mountpoint(place) as point, tempfile.TemporaryFile() as said:
-        words = [*map(os.fspath, command), os.fspath(point)]
+        words = [os.fspath(word) for word in (*command, point)]
         process = subprocess.Popen(words, stdout=said, stderr=said)
         try:
             deadline = time.monotonic() + _STARTS_S
