@@ -155,7 +155,9 @@ def _prepare(setting: Setting, stack: ExitStack) -> _Place:
     place.files["disk"] = plain
     _start_others(place, stack)
     if not mount_offers(_NO_PREFILL):
-        place.notes.append(f"`fragfs mount` has no {_NO_PREFILL}: that column is empty.")
+        place.notes.append(f"`fragfs mount` has no {_NO_PREFILL}: there is no such column.")
+    if not mount_offers("--cache-dir"):
+        place.notes.append("`fragfs mount` has no --cache-dir: switch A decodes once more.")
     return place
 
 
@@ -225,6 +227,9 @@ def _refresh_memory(place: _Place) -> None:
         for path in place.directory.glob(pattern):
             if not path.parent.name.startswith("mount-"):
                 warm_cache(path)
+    if place.host.loader is not None:
+        # Not timed: its own libraries may have left the page cache, too.
+        place.host.run("load", place.plain, 0)
 
 
 def _set_read_aheads(servers: dict[str, Server], kilobytes: int) -> bool:

@@ -134,9 +134,9 @@ def fragfs_mount(library: Path, *options: str) -> Iterator[Server]:
             chosen += ["--cache-dir", cache_directory]
         stack.callback(lambda: end(marked(os.fspath(point))))
         try:
-            fragfs = (sys.executable, "-m", "fragfs", "--quiet", "--library", library)
-            environment = {MARK: os.fspath(point)}
-            _run(*fragfs, "mount", "--grace", "0", *chosen, point, environment=environment)
+            words = ["--quiet", "--library", os.fspath(library), "mount", "--grace", "0", *chosen]
+            marking = {MARK: os.fspath(point)}
+            _run(sys.executable, "-m", "fragfs", *words, os.fspath(point), environment=marking)
             yield Server(point, tuple(marked(os.fspath(point))), is_marked=True)
         finally:
             # Not `fragfs umount`: that one starts an interpreter, and a run has a hundred mounts.
@@ -172,7 +172,7 @@ def build_c_server(place: Path) -> Path | str:
     if flags.returncode:
         return "no headers of libfuse3"
     program = place / "c_server"
-    words = [compiler, "-O2", "-o", program, _C_SOURCE, *flags.stdout.split()]
+    words: list[str | Path] = [compiler, "-O2", "-o", program, _C_SOURCE, *flags.stdout.split()]
     try:
         _run(*words)
     except BenchError as error:
