@@ -18,7 +18,9 @@ import filecmp
 import mmap
 import os
 import shutil
+import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +74,9 @@ _ORDER = "disk tmpfs squashfs squashfuse c a a_plain warm cold b".split()
 _WIDE_METHODS = ("load", "read", "mmap", "sequential", "populate", "shuffled")
 _READ_AHEAD_KB = 128
 _WIDE_READ_AHEAD_KB = 1024
+_ROUNDS_MAX = 3
+_BUDGET_S = 480
+"""No round is started that would end later, on a slow or busy machine."""
 _TOUCHED_BYTES = 128 << 20
 _NO_PREFILL = "--no-prefill"
 
@@ -120,14 +125,26 @@ def measure_read(setting: Setting) -> list[Table]:
         return [
             Table("Read: this machine cannot mount (/dev/fuse or fusermount3 is missing)", [""])
         ]
-    rounds = min(3, setting.rounds)
+    rounds = min(_ROUNDS_MAX, setting.rounds)
     with ExitStack() as stack:
+        start = time.monotonic()
         place = _prepare(setting, stack)
+        _say(f"prepared, {time.monotonic() - start:.0f} s")
         for number in range(rounds):
+            begun = time.monotonic()
             _measure_round(place, number)
+            took = time.monotonic() - begun
+            _say(f"round {number + 1} of {rounds}, {took:.0f} s")
+            if time.monotonic() - start + took > _BUDGET_S and number + 1 < rounds:
+                place.notes.append(f"Rounds: {number + 1} of {rounds}, then time was up.")
+                break
         _compare(place)
         facts = _facts(place)
     return report(place.samples, facts)
+
+
+def _say(text: str) -> None:
+    print(f"[read: {text}]", file=sys.stderr, flush=True)
 
 
 # --- before
