@@ -213,6 +213,12 @@ def test_pages_of_a_file_are_seen_and_dropped(tmp_path):
 # --- servers
 
 
+def test_numbers_are_found_in_a_status_of_any_depth():
+    status = {"pid": 5, "reads": 2, "library": "/l", "cache": None}
+    status["prefill"] = {"pid": 6, "pushed_bytes": 7, "in_memory": True}
+    assert servers.flat_numbers(status) == {"pid": 5, "reads": 2, "pushed_bytes": 7}
+
+
 @pytest.mark.slow
 @pytest.mark.mount
 @pytest.mark.skipif(not has_fuse(), reason="no /dev/fuse or no fusermount3")

@@ -295,11 +295,11 @@ def _sample(
     leftover: float = 0.0,
 ) -> Sample:
     pids = server.processes() if server else []
-    status = server.status() if server else {}
+    before = server.counters() if server else {}
     cpu = cpu_seconds(pids)
     with watch_anon(pids) as peak:
         result = place.host.run(method, path, memory_bytes)
-    after = server.status() if server else {}
+    after = server.counters() if server else {}
     return Sample(
         seconds=result["seconds"],
         size=result["size"],
@@ -307,11 +307,7 @@ def _sample(
         p99=result.get("p99"),
         cpu_s=cpu_seconds(server.processes()) - cpu if server else None,
         anon_bytes=peak.size if server else None,
-        counters={
-            name: value - status.get(name, 0)
-            for name, value in after.items()
-            if isinstance(value, int | float)
-        },
+        counters={name: value - before.get(name, 0) for name, value in after.items()},
         leftover=leftover,
     )
 

@@ -27,6 +27,7 @@ __all__ = [
     "SHARED_MEMORY",
     "Server",
     "build_c_server",
+    "flat_numbers",
     "fragfs_mount",
     "make_image",
     "mount_offers",
@@ -63,13 +64,30 @@ class Server:
         return sorted({*self.pids, *helpers})
 
     def status(self) -> dict[str, Any]:
-        """Its counters, as the mount's root gives them; empty if it keeps none."""
+        """What the mount's root says of it; empty if it says nothing."""
         try:
             text = os.getxattr(self.mountpoint, _STATUS)
         except OSError:
             return {}
         found: dict[str, Any] = json.loads(text)
         return found
+
+    def counters(self) -> dict[str, float]:
+        """The numbers of its status."""
+        return flat_numbers(self.status())
+
+
+def flat_numbers(status: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a status and of the objects in it, by their own names; the outer ones win."""
+    found: dict[str, float] = {}
+    for value in status.values():
+        if isinstance(value, dict):
+            found |= flat_numbers(value)
+    return found | {
+        name: value
+        for name, value in status.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def set_read_ahead(mountpoint: Path, kilobytes: int) -> bool:
