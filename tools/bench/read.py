@@ -7,7 +7,8 @@ The states of the file that is read:
 - c: shown by a minimal FUSE server in C out of its memory; the mount's pages cold.
 - cold: fragfs, nothing decoded, packs in the page cache.
 - a: fragfs, all fragments of the model in the fragment cache, the mount's pages cold.
-- a_plain: the same on a mount that fills no pages before they are asked for.
+- a_new: the same, through another mount, which has served nothing yet.
+- a_plain: as a, on a mount that fills no pages before they are asked for.
 - b: a fine-tune, after its base was read through the same mount: its residuals never decoded.
 - warm: fragfs, everything in the mount's page cache.
 """
@@ -53,23 +54,25 @@ from tools.bench.workplace import BenchError, fragfs, has_fuse, new_library, run
 __all__ = ["measure_read"]
 
 _METHODS: dict[str, frozenset[str]] = {
-    "load": frozenset("disk tmpfs squashfs squashfuse c cold a a_plain b warm".split()),
-    "read": frozenset("disk tmpfs squashfs squashfuse c cold a a_plain b warm".split()),
-    "mmap": frozenset("disk tmpfs squashfs squashfuse c cold a a_plain b warm".split()),
+    "load": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
+    "read": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
+    "mmap": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
     "names": frozenset("disk c cold a".split()),
     "natural": frozenset("disk c cold a b".split()),
-    "sequential": frozenset("disk c cold a a_plain b".split()),
+    "sequential": frozenset("disk c cold a a_new a_plain b".split()),
     "populate": frozenset("disk tmpfs c cold a a_plain".split()),
-    "shuffled": frozenset("disk c cold a b".split()),
-    "touch": frozenset("disk squashfs squashfuse c cold a".split()),
+    "shuffled": frozenset("disk c cold a a_new b".split()),
+    "touch": frozenset("disk squashfs squashfuse c cold a a_new".split()),
     "threads": frozenset("disk c cold a".split()),
     "backwards": frozenset("disk cold a".split()),
     "processes": frozenset("disk cold".split()),
 }
 """Who reads what: rows that would only repeat another one are left out, they take minutes."""
 
-_ORDER = "disk tmpfs squashfs squashfuse c a a_plain warm cold b".split()
+_ORDER = "disk tmpfs squashfs squashfuse c a a_new a_plain warm cold b".split()
 """What is compared with each other stands side by side; odd rounds go backwards."""
+
+_NEW_MOUNTS = ("cold", "b", "a_new")
 
 _WIDE_METHODS = ("load", "read", "mmap", "sequential", "populate", "shuffled")
 _READ_AHEAD_KB = 128
@@ -223,7 +226,9 @@ def _measure_round(place: _Place, number: int) -> None:
             if method in ("load", "processes") and place.host.loader is None:
                 continue
             for state in _ORDER[:: -1 if number % 2 else 1]:
-                if state in states and (state in files or state in ("cold", "b")):
+                if state == "a_new" and servers["a"].cache_directory is None:
+                    continue
+                if state in states and (state in files or state in _NEW_MOUNTS):
                     sample = _measure_one(place, state, method, files, servers)
                     place.samples.add(state, method, number, sample)
         _measure_wide(place, number, files, servers)
@@ -265,6 +270,9 @@ def _measure_one(
         return _read_new(place, place.library, place.plain, method)
     if state == "b":
         return _read_new(place, place.library, place.tune, method, before=place.plain)
+    if state == "a_new":
+        cache_directory = servers["a"].cache_directory
+        return _read_new(place, place.library, place.plain, method, cache_directory=cache_directory)
     if state in ("disk", "tmpfs"):
         return _sample(place, None, files[state], method, 0)
     if state == "warm":
@@ -275,10 +283,16 @@ def _measure_one(
 
 
 def _read_new(
-    place: _Place, library: Path, plain: Path, method: str, *, before: Path | None = None
+    place: _Place,
+    library: Path,
+    plain: Path,
+    method: str,
+    *,
+    before: Path | None = None,
+    cache_directory: Path | None = None,
 ) -> Sample:
-    """Read through a mount and a fragment cache that are new."""
-    with fragfs_mount(library) as server:
+    """Read through a new mount, over a fragment cache that is new unless one is given."""
+    with fragfs_mount(library, cache_directory=cache_directory) as server:
         set_read_ahead(server.mountpoint, _READ_AHEAD_KB)
         if before is not None:
             place.host.run("read", place.shown(server, before), 2 * before.stat().st_size)

@@ -32,6 +32,7 @@ _STATES = {
     "c": "C server",
     "cold": "cold",
     "a": "switch A",
+    "a_new": "A, new mount",
     "a_plain": "A, no prefill",
     "b": "switch B",
     "warm": "warm",
@@ -40,6 +41,7 @@ _STATES = {
 _RATIOS = (
     ("warm", "disk"),
     ("a", "c"),
+    ("a_new", "c"),
     ("a_plain", "c"),
     ("a", "disk"),
     ("b", "c"),
@@ -109,10 +111,11 @@ def _rates(samples: Samples, facts: ReadFacts) -> Table:
             " Disk and tmpfs: a plain file in the page cache. squashfs (kernel) and squashfuse:"
             " zstd, the image in the page cache. C server: one thread over the raw file in memory,"
             " the mount's pages cold. Cold: a new mount and an empty fragment cache, packs in the"
-            " page cache. Switch A: fragments of the model cached, the mount's pages cold. Switch"
-            " B: a fine-tune whose base was read, its own residuals never decoded. Warm: everything"
-            " in the mount's page cache. Read-ahead of the C server and of fragfs:"
-            f" {facts.read_ahead_kb} KiB where only root can change it.",
+            " page cache. Switch A: fragments of the model cached, the mount's pages dropped; new"
+            " mount: the same cache, another mount that has served nothing. Switch B: a fine-tune"
+            " whose base was read, its own residuals never decoded. Warm: everything in the mount's"
+            " page cache. Read-ahead of the C server and of fragfs:"
+            f" {facts.read_ahead_kb} KiB, or what the system says where this is not root.",
             *facts.notes,
         ],
     )
@@ -256,7 +259,7 @@ def _costs(samples: Samples, facts: ReadFacts) -> Table:
             " server does not count is -."
         ],
     )
-    for state in ("c", "cold", "a", "a_plain", "b", "warm"):
+    for state in ("c", "cold", "a", "a_new", "a_plain", "b", "warm"):
         for method in READ_METHODS:
             found = samples.of(state, method)
             if found:

@@ -52,11 +52,13 @@ class Server:
         mountpoint: Where it is.
         pids: Its processes when it had just started.
         is_marked: Its processes are found by their environment.
+        cache_directory: Where it keeps decoded fragments; None if it cannot be told where.
     """
 
     mountpoint: Path
     pids: tuple[int, ...] = ()
     is_marked: bool = False
+    cache_directory: Path | None = None
 
     def processes(self) -> list[int]:
         """Its processes now."""
@@ -137,25 +139,30 @@ def mount_offers(option: str) -> bool:
 
 
 @contextmanager
-def fragfs_mount(library: Path, *options: str) -> Iterator[Server]:
-    """A library mounted by `fragfs mount`, with a fragment cache that is its own and empty.
+def fragfs_mount(
+    library: Path, *options: str, cache_directory: Path | None = None
+) -> Iterator[Server]:
+    """A library mounted by `fragfs mount`.
 
     Args:
         library: What to mount.
         options: More options of `fragfs mount`.
+        cache_directory: The fragment cache of another mount; None is one that is new and empty.
     """
     with _mountpoint(library.parent) as point, contextlib.ExitStack() as stack:
         chosen = list(options)
-        if mount_offers("--cache-dir"):
-            cache_directory = tempfile.mkdtemp(prefix="fragfs-bench-", dir=_memory_place())
+        if cache_directory is None and mount_offers("--cache-dir"):
+            cache_directory = Path(tempfile.mkdtemp(prefix="fragfs-bench-", dir=_memory_place()))
             stack.callback(shutil.rmtree, cache_directory, ignore_errors=True)
-            chosen += ["--cache-dir", cache_directory]
+        if cache_directory is not None:
+            chosen += ["--cache-dir", os.fspath(cache_directory)]
         stack.callback(lambda: end(marked(os.fspath(point))))
         try:
             words = ["--quiet", "--library", os.fspath(library), "mount", "--grace", "0", *chosen]
             marking = {MARK: os.fspath(point)}
             _run(sys.executable, "-m", "fragfs", *words, os.fspath(point), environment=marking)
-            yield Server(point, tuple(marked(os.fspath(point))), is_marked=True)
+            pids = tuple(marked(os.fspath(point)))
+            yield Server(point, pids, is_marked=True, cache_directory=cache_directory)
         finally:
             # Not `fragfs umount`: that one starts an interpreter, and a run has a hundred mounts.
             if os.path.ismount(point):
