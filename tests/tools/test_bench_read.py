@@ -1,6 +1,5 @@
 """The pure parts of the section "read", its readers, and its servers."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.bench import servers
+from tools.bench import read, servers
 from tools.bench.models import read_tensors, write_safetensors
 from tools.bench.pages import drop_pages, resident_share
 from tools.bench.processes import MARK, anon_bytes, cpu_seconds, end, marked
@@ -18,10 +17,10 @@ from tools.bench.read_report import READ_METHODS, ReadFacts, report
 from tools.bench.reader import METHODS, natural_key
 from tools.bench.reader_host import reader_host
 from tools.bench.samples import Sample, Samples
+from tools.bench.setting import Setting
 from tools.bench.touches import percentile, touch_count
 from tools.bench.workplace import BenchError, has_fuse
 
-ROOT = Path(__file__).parents[2]
 FACTS = ReadFacts(100, 4, "torch", 128, 1024, ("A note.",))
 WHOLE = sorted(METHODS.keys() - {"load", "processes", "walk", "open"})
 
@@ -255,18 +254,16 @@ def test_a_server_that_does_not_mount_says_why(tmp_path):
 @pytest.mark.slow
 @pytest.mark.mount
 @pytest.mark.skipif(not has_fuse(), reason="no /dev/fuse or no fusermount3")
-def test_a_tiny_run_reads_through_mounts_and_leaves_none(tmp_path):
+def test_a_tiny_run_reads_through_mounts_and_leaves_none(tmp_path, monkeypatch):
+    states = frozenset({"disk", "c", "a", "b", "warm"})
+    monkeypatch.setattr(read, "METHODS", {"read": states, "touch": frozenset({"a"})})
+    monkeypatch.setattr(read, "WIDE_METHODS", ("read",))
     before = set(servers.SHARED_MEMORY.glob("fragfs-bench-*"))
-    options = ["--directory", tmp_path, "--rounds", "1", "--section", "read", "--read-mib", "8"]
-    words = [sys.executable, "-m", "tools.bench", "--json", tmp_path / "json", *options]
-    done = subprocess.run(
-        [os.fspath(word) for word in words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "mmap, front to back" in done.stdout
-    figures = json.loads((tmp_path / "json").read_text())["figures"]
+    tables = read.measure_read(Setting(tmp_path, rounds=1, read_bytes=8 << 20))
+    figures = {name: value for table in tables for name, value in table.figures.items()}
     assert figures["read.read.warm_of_disk"] > 0
+    assert figures["read.read.b_of_decode"] > 0
     assert figures["read.touch.cold_small_p99_s"] > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["json"]
+    assert list(tmp_path.iterdir()) == []
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
     assert set(servers.SHARED_MEMORY.glob("fragfs-bench-*")) <= before

@@ -51,14 +51,14 @@ from tools.bench.servers import (
 from tools.bench.setting import Setting
 from tools.bench.workplace import BenchError, fragfs, has_fuse, new_library, run_child
 
-__all__ = ["measure_read"]
+__all__ = ["METHODS", "STATES", "WIDE_METHODS", "measure_read"]
 
-_METHODS: dict[str, frozenset[str]] = {
+METHODS: dict[str, frozenset[str]] = {
     "load": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
     "read": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
     "mmap": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
-    "names": frozenset("disk c cold a".split()),
-    "natural": frozenset("disk c cold a b".split()),
+    "names": frozenset("disk c a".split()),
+    "natural": frozenset("disk c cold a".split()),
     "sequential": frozenset("disk c cold a a_new a_plain b".split()),
     "populate": frozenset("disk tmpfs c cold a a_plain".split()),
     "shuffled": frozenset("disk c cold a a_new b".split()),
@@ -69,12 +69,12 @@ _METHODS: dict[str, frozenset[str]] = {
 }
 """Who reads what: rows that would only repeat another one are left out, they take minutes."""
 
-_ORDER = "disk tmpfs squashfs squashfuse c a a_new a_plain warm cold b".split()
+STATES = "disk tmpfs squashfs squashfuse c a a_new a_plain warm cold b".split()
 """What is compared with each other stands side by side; odd rounds go backwards."""
 
 _NEW_MOUNTS = ("cold", "b", "a_new")
 
-_WIDE_METHODS = ("load", "read", "mmap", "sequential", "populate", "shuffled")
+WIDE_METHODS = ("load", "read", "mmap", "sequential", "populate", "shuffled")
 _READ_AHEAD_KB = 128
 _WIDE_READ_AHEAD_KB = 1024
 _ROUNDS_MAX = 3
@@ -222,10 +222,10 @@ def _measure_round(place: _Place, number: int) -> None:
                 place.host.run("read", files[state], 2 * place.size)
         _set_read_aheads(servers, _READ_AHEAD_KB)
         servers["warm"], files["warm"] = servers["a"], files["a"]
-        for method, states in _METHODS.items():
+        for method, states in METHODS.items():
             if method in ("load", "processes") and place.host.loader is None:
                 continue
-            for state in _ORDER[:: -1 if number % 2 else 1]:
+            for state in STATES[:: -1 if number % 2 else 1]:
                 if state == "a_new" and servers["a"].cache_directory is None:
                     continue
                 if state in states and (state in files or state in _NEW_MOUNTS):
@@ -341,7 +341,7 @@ def _measure_wide(
     """The server in C and fragfs again, where the kernel reads ahead further."""
     if not _set_read_aheads(servers, _WIDE_READ_AHEAD_KB):
         return
-    for method in _WIDE_METHODS:
+    for method in WIDE_METHODS:
         if method == "load" and place.host.loader is None:
             continue
         for state in ("c", "a")[:: -1 if number % 2 else 1]:
