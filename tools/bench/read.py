@@ -242,7 +242,7 @@ def _refresh_memory(place: _Place) -> None:
     """Free memory for a round, and have in the page cache what all readers start from."""
     free = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
     if free < 6 * place.size:
-        drop_caches()
+        drop_caches(sync=False)  # for memory's sake; others' writes are not waited for
     # Of the images and libraries too: reading a model is measured, not the disk. What is mounted
     # in the same directory must stay cold.
     for pattern in ("*/*.safetensors", "*.squashfs", "*.fragfs"):
