@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/pyt
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix bench family bench-storage unmount clean
+.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix bench bench-read family bench-storage unmount clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ fix: $(READY) ## format, and repair what ruff can
 
 bench: $(READY) ## measure on this machine; prints machine, date and command
 	@$(BIN)/python -m tools.bench $(ARGS)
+
+bench-read: $(READY) ## measure reading through a mount, beside other servers (8 minutes)
+	@$(BIN)/python -m tools.bench --section read --section read-many $(ARGS)
 
 # Trained where torch is installed (make venv-torch), else made up. Kept: it takes some minutes.
 family: $(FAMILY)/family.json ## make the model family that bench-storage measures, 1.1 GB

@@ -25,7 +25,6 @@ from tools.bench.report import Table, Target, describe_machine, list_targets
 from tools.bench.workplace import (
     BenchError,
     fragfs,
-    has_fuse,
     new_library,
     run_timed,
     tree_size,
@@ -226,17 +225,3 @@ def test_a_tiny_run_prints_tables_and_leaves_nothing(tmp_path):
     assert 0.5 < document["figures"]["storage.bf16.fragfs"] < 0.72
     assert document["figures"]["codec.bf16.read_rate"] > 0
     assert list(place.iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.mount
-@pytest.mark.skipif(not has_fuse(), reason="no /dev/fuse or no fusermount3")
-def test_a_tiny_run_reads_through_a_mount_and_leaves_none(tmp_path):
-    options = ["--directory", tmp_path, "--rounds", "1", "--section", "read"]
-    options += ["--transfer-mib", "8"]
-    words = [sys.executable, "-m", "tools.bench", *map(str, options)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "read(), 1 MiB" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-    assert str(tmp_path) not in Path("/proc/mounts").read_text()

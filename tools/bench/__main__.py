@@ -1,9 +1,10 @@
 """Measure fragfs on this machine, beside other tools: `make bench`, `python -m tools.bench`.
 
 Prints the machine, the date and the command, then tables in Markdown, one per section: storage,
-codec, delta, add, read, limits, with --large also large, and scale and family only where they are
-asked for: they take long. Works in a temporary directory and leaves nothing behind. Other tools are
-measured where they are installed: zipnn (a package), mksquashfs, borg.
+codec, delta, add, limits, with --large also large, and read, read-many, scale and family only where
+they are asked for: they take long. Works in a temporary directory, the section read also in shared
+memory, and leaves nothing behind. Other tools are measured where they are installed: zipnn (a
+package), mksquashfs, squashfuse, borg.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from functools import partial
 from pathlib import Path
 
 from fragfs.errors import FragmentError
+from tools.bench.add import measure_add
 from tools.bench.codec import measure_codec
 from tools.bench.delta import measure_delta
 from tools.bench.family import LEVELS, FamilyOptions, measure_family
 from tools.bench.large import measure_large
 from tools.bench.limits import measure_limits
+from tools.bench.read import measure_read
+from tools.bench.read_many import measure_read_many
 from tools.bench.report import Table, describe_machine, list_targets
 from tools.bench.scale import measure_scale
 from tools.bench.setting import Setting
 from tools.bench.storage import measure_storage
-from tools.bench.transfer import measure_add, measure_read
 from tools.bench.workplace import BenchError, workspace
 
 __all__ = ["main"]
@@ -41,13 +44,14 @@ SECTIONS: dict[str, Section] = {
     "delta": measure_delta,
     "add": measure_add,
     "read": measure_read,
+    "read-many": measure_read_many,
     "limits": measure_limits,
     "large": measure_large,
     "scale": measure_scale,
     "family": partial(measure_family, options=FamilyOptions()),
 }
 
-_NOT_BY_DEFAULT = {"large", "scale", "family"}
+_NOT_BY_DEFAULT = {"read", "read-many", "large", "scale", "family"}
 
 _MEBIBYTE = 1 << 20
 
@@ -65,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
                 chosen.model,
                 rounds=chosen.rounds,
                 transfer_bytes=chosen.transfer_mib * _MEBIBYTE,
+                read_bytes=chosen.read_mib * _MEBIBYTE,
                 large_bytes=int((chosen.large or 4.0) * 1e9),
             )
             options = FamilyOptions(
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--section",
         action="append",
         choices=SECTIONS,
-        help="run this one alone; may be repeated (default: all but large and family)",
+        help="run this one alone; may be repeated (default: all that take no minutes)",
     )
     parser.add_argument(
         "--large",
@@ -137,7 +142,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=256,
         metavar="N",
-        help="size of the model that is added and read, in MiB (256)",
+        help="size of the model that is added, in MiB (256)",
+    )
+    parser.add_argument(
+        "--read-mib",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="section read: size of the model that is read, in MiB (512)",
     )
     parser.add_argument(
         "--directory",

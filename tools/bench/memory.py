@@ -36,9 +36,14 @@ def pretouch(size: int) -> None:
                 pages[offset] = 1
 
 
-def drop_caches() -> bool:
-    """Empty the page cache; False if only root may."""
-    os.sync()
+def drop_caches(*, sync: bool = True) -> bool:
+    """Empty the page cache; False if only root may.
+
+    Args:
+        sync: Write to disk first what is not there yet, of all programs: only then is all dropped.
+    """
+    if sync:
+        os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError:

@@ -101,6 +101,56 @@ TARGETS = (
     Target("large.daemon_anon_bytes", "RssAnon of the daemon", 300e6, scale=1e6, unit=" MB"),
     Target("limits.scalar_bytes", "disk per scalar tensor", 100, unit=" bytes"),
     Target("limits.open_s", "open a file of 28,000 fragments", 0.010, scale=1e-3, unit=" ms"),
+    *(
+        Target(f"read.{figure}", text, limit, at_least=True)
+        for figure, text, limit in (
+            ("mmap.warm_of_disk", "warm mmap / plain file", 0.97),
+            ("read.warm_of_disk", "warm read() / plain file", 0.97),
+            *(
+                (f"{method}.a{wide}_of_c{wide}", f"switch A{setting}, {text} / C server", limit)
+                for wide, setting in (("", ""), ("_wide", ", 1 MiB ahead"))
+                for method, text, limit in (
+                    ("mmap", "mmap front to back", 4.0),
+                    ("sequential", "MADV_SEQUENTIAL", 15.0),
+                    ("shuffled", "tensors at random", 2.0),
+                    ("read", "read()", 1.0),
+                    ("populate", "MAP_POPULATE", 1.0),
+                    ("load", "safetensors", 1.15),
+                )
+            ),
+            ("mmap.a_of_disk", "switch A, mmap front to back / plain file", 0.8),
+            ("load.a_of_disk", "switch A, safetensors / plain file", 0.65),
+            ("mmap.b_of_c", "switch B, mmap front to back / C server", 2.0),
+            ("mmap.b_of_decode", "switch B, mmap front to back / decoding alone", 0.8),
+            ("mmap.cold_of_decode", "cold mmap front to back / decoding alone", 0.8),
+            ("read.cold_of_decode", "cold read() / decoding alone", 0.8),
+            ("threads.cold_of_one", "cold, 4 threads / one", 1.0),
+            ("threads.a_of_one", "switch A, 4 threads / one", 1.0),
+            ("backwards.cold_of_forwards", "cold, last to first / first to last", 0.5),
+        )
+    ),
+    *(
+        Target(f"read.{method}.warm_reads", f"warm {text}, READs", 0)
+        for method, text in (("load", "safetensors"), ("read", "read()"), ("mmap", "mmap"))
+    ),
+    *(
+        Target(f"read.{method}.cold_decoded_of_returned", f"cold {text}, decoded / returned", 1.1)
+        for method, text in (("read", "read()"), ("mmap", "mmap front to back"))
+    ),
+    Target("read.touch.a_of_c_p50", "switch A, touch p50 / C server", 0.1),
+    *(
+        Target(f"read.touch.{state}_p99_s", f"touch p99, {text}", limit, scale=1e-3, unit=" ms")
+        for state, text, limit in (
+            ("cold", "cold bf16", 0.005),
+            ("cold_f32", "cold f32", 0.012),
+            ("cold_small", "cold `small`", 0.012),
+        )
+    ),
+    Target("read.processes.share_of_bound", "4 processes cold / (plain + 1.2 decodes)", 1.0),
+    Target("read.processes.decodes_each", "4 processes cold, decodes / fragments", 1.0),
+    Target("read_many.open.cold_s", "open 10,000 files, cold", 30, unit=" s"),
+    Target("read_many.walk.cold_s", "walk 10,000 files, cold", 2, unit=" s"),
+    Target("read_many.walk.again_s", "walk 10,000 files again", 0.3, unit=" s"),
 )
 
 

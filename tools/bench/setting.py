@@ -26,7 +26,8 @@ class Setting:
         place: A directory for everything that is written.
         model: Directory of the model to use; None for the published one.
         rounds: How often each timing is repeated.
-        transfer_bytes: Size of the model that is added and read.
+        transfer_bytes: Size of the model that is added.
+        read_bytes: Size of the model that is read.
         large_bytes: Size of the model of the section "large".
         synthetic_bytes: Size of the model made up where no package index answers.
     """
@@ -35,6 +36,7 @@ class Setting:
     model: Path | None = None
     rounds: int = 5
     transfer_bytes: int = 256 << 20
+    read_bytes: int = 512 << 20
     large_bytes: int = 4_000_000_000
     synthetic_bytes: int = 64 << 20
     model_name: str = ""
