@@ -31,6 +31,8 @@ _SLACK_BYTES = 2 << 20
 _TENSOR_START_BYTES = 128 << 10
 _TENSOR_BYTES_MIN = 512 << 10
 _TRIPWIRE_AT = 4
+_READS_BEYOND = 2
+_TOUCHES_MAX = 64
 
 
 @dataclass(slots=True)
@@ -55,19 +57,23 @@ class Stream:
 
     Attributes:
         low: Where it began.
+        tensor_stop: The end of the tensor it began in.
+        beyond: Reads that started behind that: the kernel itself asks for a little more than
+            anybody wants, so one says nothing.
         front: The end of the furthest read.
         next: The end of what was planned.
     """
 
-    __slots__ = ("crossed", "front", "low", "next", "trip", "window_bytes")
+    __slots__ = ("beyond", "front", "low", "next", "tensor_stop", "trip", "window_bytes")
 
-    def __init__(self, offset: int, end: int, window_bytes: int) -> None:
+    def __init__(self, offset: int, end: int, tensor_stop: int, window_bytes: int) -> None:
         self.low = offset
+        self.tensor_stop = tensor_stop
+        self.beyond = 0
         self.front = end
         self.next = end
         self.trip: int | None = None
         self.window_bytes = window_bytes
-        self.crossed = False
 
 
 class ReadAhead:
@@ -98,6 +104,7 @@ class ReadAhead:
         self._window_bytes_max = window_bytes_max
         self._gap_bytes = gap_bytes
         self._streams: list[Stream] = []
+        self._touches: dict[int, None] = {}
 
     def on_read(self, offset: int, size: int) -> Window | None:
         """Note a read that the kernel asked for.
@@ -117,10 +124,9 @@ class ReadAhead:
             stream = None
         if stream is None:
             return self._begin(offset, end)
-        before = stream.front
-        stream.front = max(before, end)
-        if not stream.crossed and self._crosses(before, stream.front):
-            stream.crossed = True
+        if offset >= stream.tensor_stop:
+            stream.beyond += 1
+        stream.front = max(stream.front, end)
         if stream.trip is not None and end > stream.trip:
             stream.window_bytes = min(stream.window_bytes * 2, self._window_bytes_max)
             return self._plan(stream, stream.next)
@@ -139,12 +145,12 @@ class ReadAhead:
         return None
 
     def _begin(self, offset: int, end: int) -> Window | None:
-        stream = Stream(offset, end, self._window_bytes_min)
+        start, stop = self._tensor_at(end - 1)
+        stream = Stream(offset, end, stop, self._window_bytes_min)
         self._streams.insert(0, stream)
         del self._streams[_STREAMS_MAX:]
         if offset <= self._data_start:
             return None
-        start, stop = self._tensor_at(end - 1)
         begins = offset <= start or offset < start + _TENSOR_START_BYTES
         if begins and stop - start >= _TENSOR_BYTES_MIN:
             return self._plan(stream, end)
@@ -152,13 +158,23 @@ class ReadAhead:
 
     def _touched(self, offset: int) -> Window | None:
         """The pages that lie in one fragment: it was decoded for the read anyway."""
-        extent = self._extents[self._extents.index_at(offset)]
+        index = self._extents.index_at(offset)
+        if index in self._touches:
+            return None
+        self._touches[index] = None
+        if len(self._touches) > _TOUCHES_MAX:
+            del self._touches[next(iter(self._touches))]
+        extent = self._extents[index]
         start = -(-extent.offset // PAGE_BYTES) * PAGE_BYTES
         stop = (extent.offset + extent.size) // PAGE_BYTES * PAGE_BYTES
         return Window(start, stop) if start < stop else None
 
     def _plan(self, stream: Stream, start: int) -> Window | None:
-        limit = self._size if stream.crossed else self._tensor_at(min(start, self._size) - 1)[1]
+        limit = self._size
+        if stream.beyond < _READS_BEYOND:
+            limit = self._tensor_at(min(start, self._size) - 1)[1]
+            if stream.beyond == 0:
+                limit = min(limit, stream.tensor_stop)
         start = -(-start // PAGE_BYTES) * PAGE_BYTES
         stop = min(start + stream.window_bytes, self._size)
         if limit < stop:
@@ -170,9 +186,6 @@ class ReadAhead:
             stream.trip = start + (stop - start) // _TRIPWIRE_AT // TRIPWIRE_BYTES * TRIPWIRE_BYTES
         stream.next = stop
         return Window(start, stop, stream.trip, stream)
-
-    def _crosses(self, before: int, after: int) -> bool:
-        return bisect_right(self._starts, before) != bisect_right(self._starts, after - 1)
 
     def _tensor_at(self, offset: int) -> tuple[int, int]:
         index = bisect_right(self._starts, offset)

@@ -75,23 +75,17 @@ class FileReader:
         pieces = plan_read(content.extents, offset, size)
         if not pieces:
             return bytearray()
+        fragments = []
+        for index, piece in enumerate(pieces):
+            for following in pieces[index + 1 : index + 1 + _AHEAD_MAX]:
+                self._fetcher.begin_nowait(following.fragment)
+            fragments.append(await self._fetch(piece))
+        # Nothing is awaited from here on: the buffer is everybody's.
         if len(pieces) == 1:
-            raw = await self._fetch(pieces[0])
-            data: memoryview | bytearray = self._part(
-                raw, pieces[0].fragment_offset, pieces[0].size
-            )
+            data = self._part(fragments[0], pieces[0].fragment_offset, pieces[0].size)
         else:
-            assembled = data = bytearray(sum(piece.size for piece in pieces))
-            position = 0
-            for index, piece in enumerate(pieces):
-                for following in pieces[index + 1 : index + 1 + _AHEAD_MAX]:
-                    self._fetcher.begin_nowait(following.fragment)
-                # Copied at once, so that a read which waits holds no decoded fragment alive.
-                raw = await self._fetch(piece)
-                part = self._part(raw, piece.fragment_offset, piece.size)
-                assembled[position : position + piece.size] = part
-                position += piece.size
-        self._keep(content, offset + len(data) - 1, raw)
+            data = self._assemble(pieces, fragments)
+        self._keep(content, offset + len(data) - 1, fragments[-1])
         return data
 
     def _keep(self, content: OpenContent, offset: int, raw: memoryview | FragmentFile) -> None:
@@ -121,8 +115,26 @@ class FileReader:
     def _part(self, raw: memoryview | FragmentFile, start: int, size: int) -> memoryview:
         if isinstance(raw, memoryview):
             return raw[start : start + size]
-        if size > len(self._buffer):
-            self._buffer = bytearray(size)
-        part = memoryview(self._buffer)[:size]
+        part = self._space(size)
         raw.read_into(part, start)
         return part
+
+    def _assemble(
+        self, pieces: list[Piece], fragments: list[memoryview | FragmentFile]
+    ) -> memoryview:
+        whole = self._space(sum(piece.size for piece in pieces))
+        position = 0
+        for piece, raw in zip(pieces, fragments, strict=True):
+            part = whole[position : position + piece.size]
+            start = piece.fragment_offset
+            if isinstance(raw, memoryview):
+                part[:] = raw[start : start + piece.size]
+            else:
+                raw.read_into(part, start)
+            position += piece.size
+        return whole
+
+    def _space(self, size: int) -> memoryview:
+        if size > len(self._buffer):
+            self._buffer = bytearray(size)
+        return memoryview(self._buffer)[:size]
