@@ -1,0 +1,258 @@
+/* The loops of _rebuild.c for one width of words, which includes this once for each:
+ *
+ * WORD    the type of a word
+ * LANES   words that one shuffle spreads; 0 if there is none
+ * SPREAD  the shuffles, where there are some
+ */
+
+VECTOR_LOOP static void FOR_WORD(set_one)(const uint8_t *restrict plane, unsigned shift, WORD start,
+                                          WORD *restrict out, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        out[i] = (WORD)(start + ((WORD)plane[i] << shift));
+}
+
+VECTOR_LOOP static void FOR_WORD(add_one)(const uint8_t *restrict plane, unsigned shift,
+                                          WORD *restrict out, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        out[i] = (WORD)(out[i] + ((WORD)plane[i] << shift));
+}
+
+/* Words from their bytes, lowest first, less a bias. */
+static void FOR_WORD(merge)(const Plane *planes, size_t start, WORD bias, WORD *out, size_t count)
+{
+    /* The planes that vary, one pass for each: most have only one. */
+    const Plane *varying[sizeof(WORD)];
+    unsigned varying_count = 0;
+    WORD constant = (WORD)(0 - bias);
+    for (unsigned p = 0; p < sizeof(WORD); p++) {
+        if (planes[p].is_constant)
+            constant = (WORD)(constant + ((WORD)planes[p].bytes[0] << 8 * p));
+        else
+            varying[varying_count++] = &planes[p];
+    }
+    if (!varying_count)
+        for (size_t i = 0; i < count; i++)
+            out[i] = constant;
+    for (unsigned v = 0; v < varying_count; v++) {
+        const uint8_t *bytes = varying[v]->bytes + start;
+        unsigned shift = 8 * (unsigned)(varying[v] - planes);
+        if (v == 0)
+            FOR_WORD(set_one)(bytes, shift, constant, out, count);
+        else
+            FOR_WORD(add_one)(bytes, shift, out, count);
+    }
+}
+
+#if HAS_SHUFFLE && LANES
+/* Eight codes at a time, as many as there are; gives how many words that makes. Behind `escape_count`
+ * escapes there is room for a vector more. */
+SHUFFLE_LOOP __attribute__((always_inline)) static inline size_t
+FOR_WORD(spread_codes)(const uint8_t *packed, const unsigned bits, const WORD *escapes,
+                       size_t escape_count, size_t *escape, WORD *out, size_t count)
+{
+    const __m128i top = _mm_set1_epi16((short)((1 << bits) - 1));
+    const __m128i zero = _mm_set1_epi16((short)((1 << (bits - 1)) - 1));
+    const __m128i scale =
+        bits == 1   ? _mm_setr_epi16((short)(1 << 15), 1 << 14, 1 << 13, 1 << 12, 1 << 11, 1 << 10,
+                                     1 << 9, 1 << 8)
+        : bits == 2 ? _mm_setr_epi16(1 << 14, 1 << 12, 1 << 10, 1 << 8, 1 << 6, 1 << 4, 1 << 2, 1)
+                    : _mm_setr_epi16(1 << 12, 1 << 8, 1 << 4, 1, 1 << 12, 1 << 8, 1 << 4, 1);
+    size_t done = 0, next = *escape;
+    for (; done + 8 <= count && next <= escape_count; done += 8) {
+        uint32_t eight = 0;
+        memcpy(&eight, packed, bits);
+        packed += bits;
+        /* Each lane moves its own code up to its top, by a product, and then down. */
+        __m128i codes = bits == 4 ? _mm_unpacklo_epi64(_mm_set1_epi16((short)eight),
+                                                       _mm_set1_epi16((short)(eight >> 16)))
+                                  : _mm_set1_epi16((short)eight);
+        codes = _mm_srli_epi16(_mm_mullo_epi16(codes, scale), (int)(16 - bits));
+        __m128i outside = _mm_cmpeq_epi16(codes, top);
+        __m128i words = _mm_andnot_si128(outside, _mm_sub_epi16(codes, zero));
+        unsigned set = (unsigned)_mm_movemask_epi8(_mm_packs_epi16(outside, _mm_setzero_si128()));
+        for (unsigned lane = 0; lane < 8; lane += LANES) {
+            unsigned part = set >> lane & ((1u << LANES) - 1);
+            __m128i taken = _mm_shuffle_epi8(load(escapes + next), load(SPREAD[part]));
+            next += (unsigned)__builtin_popcount(part);
+            if (sizeof(WORD) == 1)
+                _mm_storel_epi64((__m128i *)(out + done),
+                                 _mm_or_si128(_mm_packs_epi16(words, words), taken));
+            else if (sizeof(WORD) == 2)
+                _mm_storeu_si128((__m128i *)(out + done), _mm_or_si128(words, taken));
+            else
+                _mm_storeu_si128((__m128i *)(out + done + lane),
+                                 _mm_or_si128(_mm_cvtepi16_epi32(words), taken));
+            words = _mm_srli_si128(words, 8);
+        }
+    }
+    *escape = next;
+    return done;
+}
+
+SHUFFLE_LOOP static size_t FOR_WORD(spread)(const uint8_t *packed, unsigned bits,
+                                            const WORD *escapes, size_t escape_count,
+                                            size_t *escape, WORD *out, size_t count)
+{
+    if (bits == 1)
+        return FOR_WORD(spread_codes)(packed, 1, escapes, escape_count, escape, out, count);
+    if (bits == 2)
+        return FOR_WORD(spread_codes)(packed, 2, escapes, escape_count, escape, out, count);
+    return FOR_WORD(spread_codes)(packed, 4, escapes, escape_count, escape, out, count);
+}
+#endif
+
+static Outcome FOR_WORD(expand_codes)(const Task *task, Source *source, WORD *out, size_t count)
+{
+    const WORD *escapes = (const WORD *)task->escapes;
+    const unsigned bits = source->form, top = (1u << bits) - 1, zero = (1u << (bits - 1)) - 1;
+    const uint8_t *packed = source->planes[0].bytes + source->expanded * bits / 8;
+    size_t i = 0, next = source->escape;
+#if HAS_SHUFFLE && LANES
+    if (can_shuffle)
+        i = FOR_WORD(spread)(packed, bits, escapes, task->escape_count, &next, out, count);
+#endif
+    /* Without a branch for each word: escapes come at random. */
+    for (; i < count && next < task->escape_count; i++) {
+        unsigned code = packed[i * bits / 8] >> (i * bits & 7) & top;
+        WORD word = (WORD)((WORD)code - zero), escape = escapes[next];
+        out[i] = code == top ? escape : word;
+        next += code == top;
+    }
+    for (; i < count; i++) {
+        unsigned code = packed[i * bits / 8] >> (i * bits & 7) & top;
+        out[i] = (WORD)((WORD)code - zero);
+        next += code == top;
+    }
+    source->escape = next;
+    return next > source->escape_end ? WRONG_ESCAPES : FINE;
+}
+
+/* The next `count` words of a source: a multiple of 8 of them, or all the rest. */
+static Outcome FOR_WORD(expand)(const Task *task, Source *source, WORD *out, size_t count)
+{
+    Outcome outcome = FINE;
+    if (source->form == 0)
+        memset(out, 0, count * sizeof(WORD));
+    else if (source->form == FORM_PLANES)
+        FOR_WORD(merge)(source->planes, source->expanded, (WORD)0x8080808080808080u, out, count);
+    else
+        outcome = FOR_WORD(expand_codes)(task, source, out, count);
+    source->expanded += count;
+    if (source->expanded == source->size && source->escape != source->escape_end)
+        outcome = WRONG_ESCAPES;
+    return outcome;
+}
+
+VECTOR_LOOP static void FOR_WORD(find_keys)(const WORD *restrict words, size_t count, unsigned shift,
+                                            unsigned mask, uint8_t *restrict keys)
+{
+    for (size_t i = 0; i < count; i++)
+        keys[i] = (uint8_t)(words[i] >> shift & mask);
+}
+
+VECTOR_LOOP static void FOR_WORD(add)(const WORD *a, const WORD *restrict b, size_t count, WORD *out)
+{
+    /* `a` and `out` may be the same. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep
+#endif
+    for (size_t i = 0; i < count; i++)
+        out[i] = (WORD)(a[i] + b[i]);
+}
+
+/* Give each place whose key is the group's the next word from `from`; gives how many it took. */
+#if HAS_SHUFFLE && LANES
+SHUFFLE_LOOP static size_t FOR_WORD(take)(const uint8_t *keys, size_t count, const Source *source,
+                                          const WORD *from, int is_first, WORD *out)
+{
+    const WORD *next = from;
+    const __m128i first = _mm_set1_epi8((char)source->first_key);
+    const __m128i range = _mm_set1_epi8((char)(source->last_key - source->first_key));
+    for (size_t i = 0; i < count; i += 16) {
+        __m128i distance = _mm_sub_epi8(load(keys + i), first);
+        __m128i inside = _mm_cmpeq_epi8(_mm_min_epu8(distance, range), distance);
+        unsigned set = (unsigned)_mm_movemask_epi8(inside);
+        for (unsigned lane = 0; lane < 16; lane += LANES) {
+            unsigned part = set >> lane & ((1u << LANES) - 1);
+            __m128i taken = _mm_shuffle_epi8(load(next), load(SPREAD[part]));
+            next += (unsigned)__builtin_popcount(part);
+            if (sizeof(WORD) == 1) {
+                __m128i old = is_first ? _mm_setzero_si128()
+                                       : _mm_loadl_epi64((const __m128i *)(out + i + lane));
+                _mm_storel_epi64((__m128i *)(out + i + lane), _mm_or_si128(old, taken));
+            } else {
+                __m128i old = is_first ? _mm_setzero_si128() : load(out + i + lane);
+                _mm_storeu_si128((__m128i *)(out + i + lane), _mm_or_si128(old, taken));
+            }
+        }
+    }
+    return (size_t)(next - from);
+}
+#endif
+
+/* Sort the words that the sources hold into the places of a block; `cursors` move on. */
+static void FOR_WORD(distribute)(const Task *task, const uint8_t *keys, size_t count,
+                                 const uint8_t *source_of, WORD **cursors, WORD *out)
+{
+    (void)task;
+#if HAS_SHUFFLE && LANES
+    if (can_shuffle && count % 16 == 0) {
+        for (size_t s = 0; s < task->source_count; s++)
+            cursors[s] += FOR_WORD(take)(keys, count, &task->sources[s], cursors[s], s == 0, out);
+        return;
+    }
+#endif
+    for (size_t i = 0; i < count; i++)
+        out[i] = *cursors[source_of[keys[i]]]++;
+}
+
+static Outcome FOR_WORD(rebuild)(Task *task, const WORD *prediction, size_t count, char *memory,
+                                 WORD *out)
+{
+    WORD *start[SOURCES_MAX], *cursors[SOURCES_MAX], *ends[SOURCES_MAX];
+    WORD residual[BLOCK];
+    uint8_t keys[BLOCK], source_of[256];
+    Outcome outcome = FINE;
+    const size_t source_count = task->source_count;
+    for (size_t s = 0; s < source_count; s++) {
+        Source *source = &task->sources[s];
+        start[s] = cursors[s] = ends[s] = (WORD *)memory + s * SOURCE_WORDS;
+        memset(source_of + source->first_key, (int)s, source->last_key - source->first_key + 1);
+    }
+    for (size_t done = 0; done < count && outcome == FINE; done += BLOCK) {
+        size_t size = count - done < BLOCK ? count - done : BLOCK;
+        if (source_count == 1) {
+            outcome = FOR_WORD(expand)(task, &task->sources[0], residual, size);
+            FOR_WORD(add)(prediction + done, residual, size, out + done);
+            continue;
+        }
+        for (size_t s = 0; s < source_count && outcome == FINE; s++) {
+            Source *source = &task->sources[s];
+            size_t left = (size_t)(ends[s] - cursors[s]);
+            if (left >= size)
+                continue;
+            memmove(start[s], cursors[s], left * sizeof(WORD));
+            cursors[s] = start[s];
+            size_t more = source->size - source->expanded;
+            if (more > 2 * BLOCK - left)
+                more = (2 * BLOCK - left) & ~(size_t)7;
+            outcome = FOR_WORD(expand)(task, source, start[s] + left, more);
+            ends[s] = start[s] + left + more;
+        }
+        if (outcome != FINE)
+            break;
+        FOR_WORD(find_keys)(prediction + done, size, task->shift, task->mask, keys);
+        FOR_WORD(distribute)(task, keys, size, source_of, cursors, residual);
+        for (size_t s = 0; s < source_count; s++)
+            if (cursors[s] > ends[s])
+                return TOO_MANY_WORDS;
+        FOR_WORD(add)(prediction + done, residual, size, out + done);
+    }
+    return outcome;
+}
+
+#undef WORD
+#undef LANES
+#undef SPREAD
