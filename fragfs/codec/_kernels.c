@@ -216,21 +216,51 @@ static inline uint32_t as_bits(float value)
     return bits;
 }
 
-VECTOR_LOOP static void widen_bf16(const uint16_t *restrict in, size_t count, uint32_t *restrict out)
+static inline uint32_t widen_one_bf16(uint16_t word)
 {
-    for (size_t i = 0; i < count; i++)
-        out[i] = (uint32_t)in[i] << 16;
+    return (uint32_t)word << 16;
 }
 
-VECTOR_LOOP static void widen_f16(const uint16_t *restrict in, size_t count, uint32_t *restrict out)
+static inline uint32_t widen_one_f16(uint16_t word)
 {
-    for (size_t i = 0; i < count; i++) {
-        uint32_t magnitude = in[i] & 0x7fffu;
-        uint32_t normal = (magnitude << 13) + (112u << 23);
-        uint32_t denormal = as_bits((float)(int32_t)magnitude * 5.9604644775390625e-8f); /* 2**-24 */
-        out[i] = (magnitude < 0x400u ? denormal : normal) | (uint32_t)(in[i] & 0x8000u) << 16;
-    }
+    uint32_t magnitude = word & 0x7fffu;
+    uint32_t normal = (magnitude << 13) + (112u << 23);
+    uint32_t denormal = as_bits((float)(int32_t)magnitude * 5.9604644775390625e-8f); /* 2**-24 */
+    return (magnitude < 0x400u ? denormal : normal) | (uint32_t)(word & 0x8000u) << 16;
 }
+
+static inline uint32_t widen_one_f32(uint32_t word)
+{
+    return word;
+}
+
+enum { FIRST = 1, LAST = 2 };
+
+/* widen: the same numbers as f32. add: total (+)= in * coefficient, where numbers too small to be safe
+ * from flushing count as zero, and so do sums, once complete, that are infinite or NaN: their bits
+ * would be the machine's choice. */
+#define DEFINE_WIDEN(name, word)                                                                   \
+    VECTOR_LOOP static void widen_##name(const word *restrict in, size_t count,                    \
+                                         uint32_t *restrict out)                                   \
+    {                                                                                              \
+        for (size_t i = 0; i < count; i++)                                                         \
+            out[i] = widen_one_##name(in[i]);                                                      \
+    }                                                                                              \
+    VECTOR_LOOP static void add_##name(const word *restrict in, size_t count, float coefficient,   \
+                                       int place, uint32_t *restrict total)                        \
+    {                                                                                              \
+        for (size_t i = 0; i < count; i++) {                                                       \
+            uint32_t bits = widen_one_##name(in[i]);                                               \
+            bits = (bits & 0x7f800000u) < 64u << 23 ? 0 : bits;                                    \
+            float product = as_float(bits) * coefficient;                                          \
+            uint32_t sum = as_bits(place & FIRST ? product : as_float(total[i]) + product);        \
+            total[i] = place & LAST && (sum & 0x7f800000u) == 0x7f800000u ? 0 : sum;               \
+        }                                                                                          \
+    }
+
+DEFINE_WIDEN(bf16, uint16_t)
+DEFINE_WIDEN(f16, uint16_t)
+DEFINE_WIDEN(f32, uint32_t)
 
 VECTOR_LOOP static void narrow_bf16(const uint32_t *restrict in, size_t count, uint16_t *restrict out)
 {
@@ -262,24 +292,6 @@ DEFINE_NARROW(f16, uint16_t, 10, 15, 0x7bffu)
 DEFINE_NARROW(e4m3, uint8_t, 3, 7, 0x7eu)
 DEFINE_NARROW(e5m2, uint8_t, 2, 15, 0x7bu)
 
-/* Infinities and NaNs, whose bits machines may choose, become 0. */
-VECTOR_LOOP static void clear_special(uint32_t *bits, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        bits[i] = (bits[i] & 0x7f800000u) == 0x7f800000u ? 0 : bits[i];
-}
-
-/* total (+)= in * coefficient, where numbers too small to be safe from flushing count as zero. */
-VECTOR_LOOP static void add_scaled(const uint32_t *restrict in, size_t count, float coefficient,
-                                   int first, float *restrict total)
-{
-    for (size_t i = 0; i < count; i++) {
-        uint32_t bits = (in[i] & 0x7f800000u) < 64u << 23 ? 0 : in[i];
-        float product = as_float(bits) * coefficient;
-        total[i] = first ? product : total[i] + product;
-    }
-}
-
 enum Format { FORMAT_BF16, FORMAT_F16, FORMAT_E4M3, FORMAT_E5M2, FORMAT_F32 };
 enum { INPUTS_MAX = 3, BLOCK = 2048 };
 
@@ -294,15 +306,30 @@ typedef struct {
     float coefficient;
 } Input;
 
+static const char *block_of(const Input *input, size_t start)
+{
+    return (const char *)input->buffer.buf + start * format_size(input->format);
+}
+
 static void widen_block(const Input *input, size_t start, size_t count, uint32_t *out)
 {
-    const char *from = (const char *)input->buffer.buf + start * format_size(input->format);
-    if (input->format == FORMAT_BF16)
-        widen_bf16((const uint16_t *)from, count, out);
-    else if (input->format == FORMAT_F16)
-        widen_f16((const uint16_t *)from, count, out);
-    else
-        memcpy(out, from, 4 * count);
+    const char *from = block_of(input, start);
+    switch (input->format) {
+    case FORMAT_BF16: widen_bf16((const uint16_t *)from, count, out); break;
+    case FORMAT_F16: widen_f16((const uint16_t *)from, count, out); break;
+    default: widen_f32((const uint32_t *)from, count, out); break;
+    }
+}
+
+static void add_block(const Input *input, size_t start, size_t count, int place, uint32_t *total)
+{
+    const char *from = block_of(input, start);
+    const float factor = input->coefficient;
+    switch (input->format) {
+    case FORMAT_BF16: add_bf16((const uint16_t *)from, count, factor, place, total); break;
+    case FORMAT_F16: add_f16((const uint16_t *)from, count, factor, place, total); break;
+    default: add_f32((const uint32_t *)from, count, factor, place, total); break;
+    }
 }
 
 static void narrow_block(const uint32_t *in, size_t count, unsigned format, char *out)
@@ -321,17 +348,19 @@ static void narrow_block(const uint32_t *in, size_t count, unsigned format, char
 static void convert_all(const Input *inputs, size_t input_count, int scaled, unsigned format,
                         size_t count, char *out)
 {
-    uint32_t wide[BLOCK], total[BLOCK];
+    uint32_t wide[BLOCK];
     for (size_t start = 0; start < count; start += BLOCK) {
         size_t size = count - start < BLOCK ? count - start : BLOCK;
         for (size_t i = 0; i < input_count; i++) {
-            widen_block(&inputs[i], start, size, wide);
+            if (start + size < count)
+                fetch_ahead(block_of(&inputs[i], start + size), BLOCK * format_size(inputs[i].format));
             if (scaled)
-                add_scaled(wide, size, inputs[i].coefficient, i == 0, (float *)total);
+                add_block(&inputs[i], start, size,
+                          (i == 0 ? FIRST : 0) | (i + 1 == input_count ? LAST : 0), wide);
+            else
+                widen_block(&inputs[i], start, size, wide);
         }
-        if (scaled)
-            clear_special(total, size);
-        narrow_block(scaled ? total : wide, size, format, out + start * format_size(format));
+        narrow_block(wide, size, format, out + start * format_size(format));
     }
 }
 

@@ -223,6 +223,8 @@ static Outcome FOR_WORD(rebuild)(Task *task, const WORD *prediction, size_t coun
     }
     for (size_t done = 0; done < count && outcome == FINE; done += BLOCK) {
         size_t size = count - done < BLOCK ? count - done : BLOCK;
+        if (count - done >= 2 * BLOCK)
+            fetch_ahead(prediction + done + BLOCK, BLOCK * sizeof(WORD));
         if (source_count == 1) {
             outcome = FOR_WORD(expand)(task, &task->sources[0], residual, size);
             FOR_WORD(add)(prediction + done, residual, size, out + done);
