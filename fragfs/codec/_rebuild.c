@@ -29,6 +29,8 @@ enum {
      * vectors may touch behind that. */
     SOURCE_WORDS = 3 * BLOCK + 16,
     FORM_PLANES = 8,
+    /* Groups whose words one pass over a block sorts in: cursors and words stay in registers. */
+    TAKEN_TOGETHER = 4,
     /* Words that must follow the escapes: vectors are loaded whole. */
     ESCAPES_ROOM = 16,
 };

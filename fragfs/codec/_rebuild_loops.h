@@ -162,33 +162,62 @@ VECTOR_LOOP static void FOR_WORD(add)(const WORD *a, const WORD *restrict b, siz
         out[i] = (WORD)(a[i] + b[i]);
 }
 
-/* Give each place whose key is the group's the next word from `from`; gives how many it took. */
 #if HAS_SHUFFLE && LANES
-SHUFFLE_LOOP static size_t FOR_WORD(take)(const uint8_t *keys, size_t count, const Source *source,
-                                          const WORD *from, int is_first, WORD *out)
+/* Give each place whose key is one of some groups' the next word of its source. The first groups set
+ * all places, the others change their own. */
+SHUFFLE_LOOP __attribute__((always_inline)) static inline void
+FOR_WORD(take_some)(const uint8_t *keys, size_t count, const Source *sources, const unsigned some,
+                    int is_first, WORD **cursors, WORD *out)
 {
-    const WORD *next = from;
-    const __m128i first = _mm_set1_epi8((char)source->first_key);
-    const __m128i range = _mm_set1_epi8((char)(source->last_key - source->first_key));
+    const WORD *next[TAKEN_TOGETHER];
+    __m128i first[TAKEN_TOGETHER], range[TAKEN_TOGETHER];
+    for (unsigned s = 0; s < some; s++) {
+        next[s] = cursors[s];
+        first[s] = _mm_set1_epi8((char)sources[s].first_key);
+        range[s] = _mm_set1_epi8((char)(sources[s].last_key - sources[s].first_key));
+    }
     for (size_t i = 0; i < count; i += 16) {
-        __m128i distance = _mm_sub_epi8(load(keys + i), first);
-        __m128i inside = _mm_cmpeq_epi8(_mm_min_epu8(distance, range), distance);
-        unsigned set = (unsigned)_mm_movemask_epi8(inside);
+        __m128i sixteen = load(keys + i);
+        unsigned sets[TAKEN_TOGETHER];
+        for (unsigned s = 0; s < some; s++) {
+            __m128i distance = _mm_sub_epi8(sixteen, first[s]);
+            __m128i inside = _mm_cmpeq_epi8(_mm_min_epu8(distance, range[s]), distance);
+            sets[s] = (unsigned)_mm_movemask_epi8(inside);
+        }
+#pragma GCC unroll 4
         for (unsigned lane = 0; lane < 16; lane += LANES) {
-            unsigned part = set >> lane & ((1u << LANES) - 1);
-            __m128i taken = _mm_shuffle_epi8(load(next), load(SPREAD[part]));
-            next += (unsigned)__builtin_popcount(part);
-            if (sizeof(WORD) == 1) {
-                __m128i old = is_first ? _mm_setzero_si128()
-                                       : _mm_loadl_epi64((const __m128i *)(out + i + lane));
-                _mm_storel_epi64((__m128i *)(out + i + lane), _mm_or_si128(old, taken));
-            } else {
-                __m128i old = is_first ? _mm_setzero_si128() : load(out + i + lane);
-                _mm_storeu_si128((__m128i *)(out + i + lane), _mm_or_si128(old, taken));
+            WORD *place = out + i + lane;
+            __m128i words = _mm_setzero_si128();
+            if (!is_first)
+                words = sizeof(WORD) == 1 ? _mm_loadl_epi64((const __m128i *)place) : load(place);
+#pragma GCC unroll 4
+            for (unsigned s = 0; s < some; s++) {
+                unsigned part = sets[s] >> lane & ((1u << LANES) - 1);
+                words = _mm_or_si128(words, _mm_shuffle_epi8(load(next[s]), load(SPREAD[part])));
+                next[s] += (unsigned)__builtin_popcount(part);
             }
+            if (sizeof(WORD) == 1)
+                _mm_storel_epi64((__m128i *)place, words);
+            else
+                _mm_storeu_si128((__m128i *)place, words);
         }
     }
-    return (size_t)(next - from);
+    for (unsigned s = 0; s < some; s++)
+        cursors[s] += next[s] - cursors[s];
+}
+
+SHUFFLE_LOOP static void FOR_WORD(take)(const uint8_t *keys, size_t count, const Source *sources,
+                                        size_t source_count, WORD **cursors, WORD *out)
+{
+    size_t s = 0;
+    for (; s + 4 <= source_count; s += 4)
+        FOR_WORD(take_some)(keys, count, sources + s, 4, s == 0, cursors + s, out);
+    if (source_count - s == 3)
+        FOR_WORD(take_some)(keys, count, sources + s, 3, s == 0, cursors + s, out);
+    else if (source_count - s == 2)
+        FOR_WORD(take_some)(keys, count, sources + s, 2, s == 0, cursors + s, out);
+    else if (source_count - s == 1)
+        FOR_WORD(take_some)(keys, count, sources + s, 1, s == 0, cursors + s, out);
 }
 #endif
 
@@ -199,8 +228,7 @@ static void FOR_WORD(distribute)(const Task *task, const uint8_t *keys, size_t c
     (void)task;
 #if HAS_SHUFFLE && LANES
     if (can_shuffle && count % 16 == 0) {
-        for (size_t s = 0; s < task->source_count; s++)
-            cursors[s] += FOR_WORD(take)(keys, count, &task->sources[s], cursors[s], s == 0, out);
+        FOR_WORD(take)(keys, count, task->sources, task->source_count, cursors, out);
         return;
     }
 #endif
