@@ -42,6 +42,12 @@ typedef struct {
     int is_constant;
 } Plane;
 
+/* Part of a plane that varies, and where its bytes lie in a word. */
+typedef struct {
+    const uint8_t *bytes;
+    unsigned shift;
+} Part;
+
 typedef struct {
     unsigned form;   /* bits of a code; 0: all zero, 8: planes */
     unsigned first_key, last_key;

@@ -5,44 +5,71 @@
  * SPREAD  the shuffles, where there are some
  */
 
-VECTOR_LOOP static void FOR_WORD(set_one)(const uint8_t *restrict plane, unsigned shift, WORD start,
-                                          WORD *restrict out, size_t count)
+/* Planes that vary, each shifted to its place: summed one, two or four in a pass. */
+VECTOR_LOOP static void FOR_WORD(set_one)(const Part *parts, WORD start, WORD *restrict out,
+                                          size_t count)
 {
+    const uint8_t *restrict a = parts[0].bytes;
+    const unsigned s = parts[0].shift;
     for (size_t i = 0; i < count; i++)
-        out[i] = (WORD)(start + ((WORD)plane[i] << shift));
+        out[i] = (WORD)(start + ((WORD)a[i] << s));
 }
 
-VECTOR_LOOP static void FOR_WORD(add_one)(const uint8_t *restrict plane, unsigned shift,
-                                          WORD *restrict out, size_t count)
+VECTOR_LOOP static void FOR_WORD(add_one)(const Part *parts, WORD *restrict out, size_t count)
 {
+    const uint8_t *restrict a = parts[0].bytes;
+    const unsigned s = parts[0].shift;
     for (size_t i = 0; i < count; i++)
-        out[i] = (WORD)(out[i] + ((WORD)plane[i] << shift));
+        out[i] = (WORD)(out[i] + ((WORD)a[i] << s));
+}
+
+VECTOR_LOOP static void FOR_WORD(set_two)(const Part *parts, WORD start, WORD *restrict out,
+                                          size_t count)
+{
+    const uint8_t *restrict a = parts[0].bytes, *restrict b = parts[1].bytes;
+    const unsigned s = parts[0].shift, t = parts[1].shift;
+    for (size_t i = 0; i < count; i++)
+        out[i] = (WORD)(start + ((WORD)a[i] << s) + ((WORD)b[i] << t));
+}
+
+VECTOR_LOOP static void FOR_WORD(set_four)(const Part *parts, WORD start, WORD *restrict out,
+                                           size_t count)
+{
+    const uint8_t *restrict a = parts[0].bytes, *restrict b = parts[1].bytes;
+    const uint8_t *restrict c = parts[2].bytes, *restrict d = parts[3].bytes;
+    const unsigned s = parts[0].shift, t = parts[1].shift;
+    const unsigned u = parts[2].shift, v = parts[3].shift;
+    for (size_t i = 0; i < count; i++)
+        out[i] = (WORD)(start + ((WORD)a[i] << s) + ((WORD)b[i] << t) + ((WORD)c[i] << u) +
+                        ((WORD)d[i] << v));
 }
 
 /* Words from their bytes, lowest first, less a bias. */
 static void FOR_WORD(merge)(const Plane *planes, size_t start, WORD bias, WORD *out, size_t count)
 {
-    /* The planes that vary, one pass for each: most have only one. */
-    const Plane *varying[sizeof(WORD)];
-    unsigned varying_count = 0;
+    Part parts[sizeof(WORD)];
+    unsigned part_count = 0, merged = 1;
     WORD constant = (WORD)(0 - bias);
     for (unsigned p = 0; p < sizeof(WORD); p++) {
         if (planes[p].is_constant)
             constant = (WORD)(constant + ((WORD)planes[p].bytes[0] << 8 * p));
         else
-            varying[varying_count++] = &planes[p];
+            parts[part_count++] = (Part){planes[p].bytes + start, 8 * p};
     }
-    if (!varying_count)
+    if (!part_count)
         for (size_t i = 0; i < count; i++)
             out[i] = constant;
-    for (unsigned v = 0; v < varying_count; v++) {
-        const uint8_t *bytes = varying[v]->bytes + start;
-        unsigned shift = 8 * (unsigned)(varying[v] - planes);
-        if (v == 0)
-            FOR_WORD(set_one)(bytes, shift, constant, out, count);
-        else
-            FOR_WORD(add_one)(bytes, shift, out, count);
+    else if (part_count == 1)
+        FOR_WORD(set_one)(parts, constant, out, count);
+    else if (part_count < 4) {
+        FOR_WORD(set_two)(parts, constant, out, count);
+        merged = 2;
+    } else {
+        FOR_WORD(set_four)(parts, constant, out, count);
+        merged = 4;
     }
+    for (; merged < part_count; merged++)
+        FOR_WORD(add_one)(parts + merged, out, count);
 }
 
 #if HAS_SHUFFLE && LANES
