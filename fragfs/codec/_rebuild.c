@@ -12,11 +12,10 @@
 #include "_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define HAS_SHUFFLE 1
-#include <immintrin.h>
-#define SHUFFLE_LOOP __attribute__((target("avx2,popcnt")))
+#define HAS_VECTORS 1
+#include "_rebuild_vectors.h"
 #else
-#define HAS_SHUFFLE 0
+#define HAS_VECTORS 0
 #endif
 
 enum {
@@ -65,41 +64,10 @@ typedef struct {
     size_t escape_count;
 } Task;
 
-#if HAS_SHUFFLE
-static int has_vectors, can_shuffle;
-
-/* For each set of lanes, the shuffle that spreads a run of words over them and clears the others. */
-static uint8_t spread_1[256][16], spread_2[256][16], spread_4[16][16];
-
-static void make_spread(uint8_t (*table)[16], unsigned lanes, unsigned width)
-{
-    for (unsigned set = 0; set < 1u << lanes; set++) {
-        unsigned next = 0;
-        memset(table[set], 0x80, 16);
-        for (unsigned lane = 0; lane < lanes; lane++)
-            if (set >> lane & 1) {
-                for (unsigned byte = 0; byte < width; byte++)
-                    table[set][lane * width + byte] = (uint8_t)(next * width + byte);
-                next++;
-            }
-    }
-}
-
-static inline __m128i load(const void *from)
-{
-    return _mm_loadu_si128((const __m128i *)from);
-}
-#endif
-
 void prepare_rebuild(void)
 {
-#if HAS_SHUFFLE
-    make_spread(spread_1, 8, 1);
-    make_spread(spread_2, 8, 2);
-    make_spread(spread_4, 4, 4);
-    __builtin_cpu_init();
-    has_vectors = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
-    can_shuffle = has_vectors;
+#if HAS_VECTORS
+    prepare_vectors();
 #endif
 }
 
@@ -109,9 +77,9 @@ PyObject *allow_vectors(PyObject *self, PyObject *allowed)
     int truth = PyObject_IsTrue(allowed);
     if (truth < 0)
         return NULL;
-#if HAS_SHUFFLE
-    can_shuffle = has_vectors && truth;
-    return PyBool_FromLong(can_shuffle);
+#if HAS_VECTORS
+    can_spread = has_vectors && truth;
+    return PyBool_FromLong(can_spread);
 #else
     return Py_NewRef(Py_False);
 #endif
@@ -122,22 +90,19 @@ PyObject *allow_vectors(PyObject *self, PyObject *allowed)
 #define FOR_WORD(name) NAME_FOR(name, WORD)
 
 #define WORD uint8_t
-#define LANES 8
-#define SPREAD spread_1
+#define HAS_EIGHT HAS_VECTORS
 #include "_rebuild_loops.h"
 
 #define WORD uint16_t
-#define LANES 8
-#define SPREAD spread_2
+#define HAS_EIGHT HAS_VECTORS
 #include "_rebuild_loops.h"
 
 #define WORD uint32_t
-#define LANES 4
-#define SPREAD spread_4
+#define HAS_EIGHT HAS_VECTORS
 #include "_rebuild_loops.h"
 
 #define WORD uint64_t
-#define LANES 0
+#define HAS_EIGHT 0
 #include "_rebuild_loops.h"
 
 /* The buffers of one call. */

@@ -1,8 +1,7 @@
 /* The loops of _rebuild.c for one width of words, which includes this once for each:
  *
- * WORD    the type of a word
- * LANES   words that one shuffle spreads; 0 if there is none
- * SPREAD  the shuffles, where there are some
+ * WORD       the type of a word
+ * HAS_EIGHT  whether _rebuild_vectors.h has vectors of such words
  */
 
 /* Planes that vary, each shifted to its place: summed one, two or four in a pass. */
@@ -72,12 +71,12 @@ static void FOR_WORD(merge)(const Plane *planes, size_t start, WORD bias, WORD *
         FOR_WORD(add_one)(parts + merged, out, count);
 }
 
-#if HAS_SHUFFLE && LANES
+#if HAS_EIGHT
 /* Eight codes at a time, as many as there are; gives how many words that makes. Behind `escape_count`
  * escapes there is room for a vector more. */
-SHUFFLE_LOOP __attribute__((always_inline)) static inline size_t
-FOR_WORD(spread_codes)(const uint8_t *packed, const unsigned bits, const WORD *escapes,
-                       size_t escape_count, size_t *escape, WORD *out, size_t count)
+VECTORS_INLINE size_t FOR_WORD(spread_codes)(const uint8_t *packed, const unsigned bits,
+                                             const WORD *escapes, size_t escape_count,
+                                             size_t *escape, WORD *out, size_t count)
 {
     const __m128i top = _mm_set1_epi16((short)((1 << bits) - 1));
     const __m128i zero = _mm_set1_epi16((short)((1 << (bits - 1)) - 1));
@@ -97,36 +96,25 @@ FOR_WORD(spread_codes)(const uint8_t *packed, const unsigned bits, const WORD *e
                                   : _mm_set1_epi16((short)eight);
         codes = _mm_srli_epi16(_mm_mullo_epi16(codes, scale), (int)(16 - bits));
         __m128i outside = _mm_cmpeq_epi16(codes, top);
-        __m128i words = _mm_andnot_si128(outside, _mm_sub_epi16(codes, zero));
+        __m128i near = _mm_andnot_si128(outside, _mm_sub_epi16(codes, zero));
         unsigned set = (unsigned)_mm_movemask_epi8(_mm_packs_epi16(outside, _mm_setzero_si128()));
-        for (unsigned lane = 0; lane < 8; lane += LANES) {
-            unsigned part = set >> lane & ((1u << LANES) - 1);
-            __m128i taken = _mm_shuffle_epi8(load(escapes + next), load(SPREAD[part]));
-            next += (unsigned)__builtin_popcount(part);
-            if (sizeof(WORD) == 1)
-                _mm_storel_epi64((__m128i *)(out + done),
-                                 _mm_or_si128(_mm_packs_epi16(words, words), taken));
-            else if (sizeof(WORD) == 2)
-                _mm_storeu_si128((__m128i *)(out + done), _mm_or_si128(words, taken));
-            else
-                _mm_storeu_si128((__m128i *)(out + done + lane),
-                                 _mm_or_si128(_mm_cvtepi16_epi32(words), taken));
-            words = _mm_srli_si128(words, 8);
-        }
+        FOR_WORD(store_eight)(out + done,
+                              FOR_WORD(or_eight)(FOR_WORD(small_eight)(near),
+                                                 FOR_WORD(spread_eight)(escapes + next, set)));
+        next += (unsigned)__builtin_popcount(set);
     }
     *escape = next;
     return done;
 }
 
-SHUFFLE_LOOP static size_t FOR_WORD(spread)(const uint8_t *packed, unsigned bits,
-                                            const WORD *escapes, size_t escape_count,
-                                            size_t *escape, WORD *out, size_t count)
+VECTORS static size_t FOR_WORD(spread)(const uint8_t *packed, unsigned bits, const WORD *escapes,
+                                       size_t escape_count, size_t *escape, WORD *out, size_t count)
 {
-    if (bits == 1)
-        return FOR_WORD(spread_codes)(packed, 1, escapes, escape_count, escape, out, count);
-    if (bits == 2)
-        return FOR_WORD(spread_codes)(packed, 2, escapes, escape_count, escape, out, count);
-    return FOR_WORD(spread_codes)(packed, 4, escapes, escape_count, escape, out, count);
+    switch (bits) {
+    case 1: return FOR_WORD(spread_codes)(packed, 1, escapes, escape_count, escape, out, count);
+    case 2: return FOR_WORD(spread_codes)(packed, 2, escapes, escape_count, escape, out, count);
+    default: return FOR_WORD(spread_codes)(packed, 4, escapes, escape_count, escape, out, count);
+    }
 }
 #endif
 
@@ -136,8 +124,8 @@ static Outcome FOR_WORD(expand_codes)(const Task *task, Source *source, WORD *ou
     const unsigned bits = source->form, top = (1u << bits) - 1, zero = (1u << (bits - 1)) - 1;
     const uint8_t *packed = source->planes[0].bytes + source->expanded * bits / 8;
     size_t i = 0, next = source->escape;
-#if HAS_SHUFFLE && LANES
-    if (can_shuffle)
+#if HAS_EIGHT
+    if (can_spread)
         i = FOR_WORD(spread)(packed, bits, escapes, task->escape_count, &next, out, count);
 #endif
     /* Without a branch for each word: escapes come at random. */
@@ -189,14 +177,13 @@ VECTOR_LOOP static void FOR_WORD(add)(const WORD *a, const WORD *restrict b, siz
         out[i] = (WORD)(a[i] + b[i]);
 }
 
-#if HAS_SHUFFLE && LANES
+#if HAS_EIGHT
 /* Give each place whose key is one of some groups' the next word of its source. The first groups set
  * all places, the others change their own. */
-SHUFFLE_LOOP __attribute__((always_inline)) static inline void
-FOR_WORD(take_some)(const uint8_t *keys, size_t count, const Source *sources, const unsigned some,
-                    int is_first, WORD **cursors, WORD *out)
+VECTORS_INLINE void FOR_WORD(take_some)(const uint8_t *keys, size_t count, const Source *sources,
+                                        const unsigned some, int is_first, WORD **cursors, WORD *out)
 {
-    const WORD *next[TAKEN_TOGETHER];
+    WORD *next[TAKEN_TOGETHER];
     __m128i first[TAKEN_TOGETHER], range[TAKEN_TOGETHER];
     for (unsigned s = 0; s < some; s++) {
         next[s] = cursors[s];
@@ -204,47 +191,45 @@ FOR_WORD(take_some)(const uint8_t *keys, size_t count, const Source *sources, co
         range[s] = _mm_set1_epi8((char)(sources[s].last_key - sources[s].first_key));
     }
     for (size_t i = 0; i < count; i += 16) {
-        __m128i sixteen = load(keys + i);
+        __m128i sixteen = load_16(keys + i);
         unsigned sets[TAKEN_TOGETHER];
         for (unsigned s = 0; s < some; s++) {
             __m128i distance = _mm_sub_epi8(sixteen, first[s]);
             __m128i inside = _mm_cmpeq_epi8(_mm_min_epu8(distance, range[s]), distance);
             sets[s] = (unsigned)_mm_movemask_epi8(inside);
         }
-#pragma GCC unroll 4
-        for (unsigned lane = 0; lane < 16; lane += LANES) {
+#pragma GCC unroll 2
+        for (unsigned lane = 0; lane < 16; lane += 8) {
             WORD *place = out + i + lane;
-            __m128i words = _mm_setzero_si128();
-            if (!is_first)
-                words = sizeof(WORD) == 1 ? _mm_loadl_epi64((const __m128i *)place) : load(place);
-#pragma GCC unroll 4
-            for (unsigned s = 0; s < some; s++) {
-                unsigned part = sets[s] >> lane & ((1u << LANES) - 1);
-                words = _mm_or_si128(words, _mm_shuffle_epi8(load(next[s]), load(SPREAD[part])));
-                next[s] += (unsigned)__builtin_popcount(part);
+            FOR_WORD(Eight) words = FOR_WORD(spread_eight)(next[0], sets[0] >> lane & 0xff);
+            next[0] += (unsigned)__builtin_popcount(sets[0] >> lane & 0xff);
+#pragma GCC unroll 3
+            for (unsigned s = 1; s < some; s++) {
+                unsigned set = sets[s] >> lane & 0xff;
+                words = FOR_WORD(or_eight)(words, FOR_WORD(spread_eight)(next[s], set));
+                next[s] += (unsigned)__builtin_popcount(set);
             }
-            if (sizeof(WORD) == 1)
-                _mm_storel_epi64((__m128i *)place, words);
-            else
-                _mm_storeu_si128((__m128i *)place, words);
+            if (!is_first)
+                words = FOR_WORD(or_eight)(words, FOR_WORD(load_eight)(place));
+            FOR_WORD(store_eight)(place, words);
         }
     }
     for (unsigned s = 0; s < some; s++)
-        cursors[s] += next[s] - cursors[s];
+        cursors[s] = next[s];
 }
 
-SHUFFLE_LOOP static void FOR_WORD(take)(const uint8_t *keys, size_t count, const Source *sources,
-                                        size_t source_count, WORD **cursors, WORD *out)
+VECTORS static void FOR_WORD(take)(const uint8_t *keys, size_t count, const Source *sources,
+                                   size_t source_count, WORD **cursors, WORD *out)
 {
     size_t s = 0;
     for (; s + 4 <= source_count; s += 4)
         FOR_WORD(take_some)(keys, count, sources + s, 4, s == 0, cursors + s, out);
-    if (source_count - s == 3)
-        FOR_WORD(take_some)(keys, count, sources + s, 3, s == 0, cursors + s, out);
-    else if (source_count - s == 2)
-        FOR_WORD(take_some)(keys, count, sources + s, 2, s == 0, cursors + s, out);
-    else if (source_count - s == 1)
-        FOR_WORD(take_some)(keys, count, sources + s, 1, s == 0, cursors + s, out);
+    switch (source_count - s) {
+    case 3: FOR_WORD(take_some)(keys, count, sources + s, 3, s == 0, cursors + s, out); break;
+    case 2: FOR_WORD(take_some)(keys, count, sources + s, 2, s == 0, cursors + s, out); break;
+    case 1: FOR_WORD(take_some)(keys, count, sources + s, 1, s == 0, cursors + s, out); break;
+    default: break;
+    }
 }
 #endif
 
@@ -253,8 +238,8 @@ static void FOR_WORD(distribute)(const Task *task, const uint8_t *keys, size_t c
                                  const uint8_t *source_of, WORD **cursors, WORD *out)
 {
     (void)task;
-#if HAS_SHUFFLE && LANES
-    if (can_shuffle && count % 16 == 0) {
+#if HAS_EIGHT
+    if (can_spread && count % 16 == 0) {
         FOR_WORD(take)(keys, count, task->sources, task->source_count, cursors, out);
         return;
     }
@@ -311,5 +296,4 @@ static Outcome FOR_WORD(rebuild)(Task *task, const WORD *prediction, size_t coun
 }
 
 #undef WORD
-#undef LANES
-#undef SPREAD
+#undef HAS_EIGHT
