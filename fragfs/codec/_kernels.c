@@ -430,6 +430,9 @@ static PyMethodDef methods[] = {
      "rebuild(width, prediction, out, shift, mask, groups, escapes): prediction and residuals added;"
      " groups: a tuple of (last key, words, form, escapes, planes); behind the escapes 16 words more;"
      " out may be the prediction"},
+    {"put_together", put_together, METH_VARARGS,
+     "put_together(unit, lead, constant, rim, window, lows, out): words from their planes; rim and"
+     " window may be None; lows: a tuple of (position, width, bytes)"},
     {"allow_vectors", allow_vectors, METH_O,
      "allow_vectors(allowed): whether rebuild uses AVX2 where there is any, for tests of what other"
      " processors do; gives whether it will"},

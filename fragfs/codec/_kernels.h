@@ -34,6 +34,9 @@ static inline void fetch_ahead(const void *from, size_t size)
 #endif
 }
 
+/* _planes.c */
+HIDDEN PyObject *put_together(PyObject *self, PyObject *args);
+
 /* _rebuild.c */
 HIDDEN void prepare_rebuild(void);
 HIDDEN PyObject *allow_vectors(PyObject *self, PyObject *allowed);

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fragfs.codec import floats, rebuild, residual
+from fragfs.codec import floats, planes, rebuild, residual
 from fragfs.codec import groups as module
 from fragfs.codec.groups import (
     GROUPS_MAX,
@@ -59,7 +59,7 @@ def test_the_compiled_loops_are_used_where_they_can_be_imported():
     is_built = importlib.util.find_spec("fragfs.codec._kernels") is not None
     assert (module._kernels is not None) == (is_built and sys.byteorder == "little")
     found = find_kernels()
-    for user in (floats, module, rebuild, residual):
+    for user in (floats, module, planes, rebuild, residual):
         assert user._kernels is found
 
 
