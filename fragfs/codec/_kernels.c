@@ -1,8 +1,8 @@
 /* Loops that numpy has no fast form of. groups.py and floats.py do the same with numpy where this is
  * not built: equal bytes, more time.
  *
- * First: a stable distribution of words over groups, and its inverse. numpy does it by an argsort of the
- * keys, at 5 ns an element; here it is one pass at 1 to 2 ns.
+ * First: a stable distribution of words over groups. numpy does it by an argsort of the keys, at 5 ns
+ * an element; here it is one pass at 1 to 2 ns. The inverse is in _rebuild.c.
  *
  * Each word of the prediction names its group: lookup[word >> shift & mask]. Residuals of a group
  * stand together, groups in order, and inside a group in word order. Integer arithmetic only, modulo
@@ -13,18 +13,7 @@
  * write outside the buffers. The interpreter lock is released around the loops.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
-
-/* One loop, compiled twice: for what every x86-64 has, and for what nearly all have by now. Neither
- * may contract a product and a sum into one operation: it would round once instead of twice. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTOR_LOOP __attribute__((target_clones("avx2", "default")))
-#else
-#define VECTOR_LOOP
-#endif
+#include "_kernels.h"
 
 enum { GROUPS_MAX = 256, WORDS_MAX = 1 << 30 };
 
@@ -50,20 +39,6 @@ typedef struct {
         }                                                                                          \
         return 0;                                                                                  \
     }                                                                                              \
-    static int join_##word(const word *restrict residual, const word *restrict prediction,         \
-                           size_t count, const Groups *g, word *restrict out)                      \
-    {                                                                                              \
-        uint32_t next[GROUPS_MAX];                                                                 \
-        memcpy(next, g->start, sizeof next);                                                       \
-        for (size_t i = 0; i < count; i++) {                                                       \
-            unsigned group = g->lookup[prediction[i] >> g->shift & g->mask];                       \
-            uint32_t place = next[group]++;                                                        \
-            if (place >= g->start[group + 1])                                                      \
-                return -1;                                                                         \
-            out[i] = (word)(residual[place] + prediction[i]);                                      \
-        }                                                                                          \
-        return 0;                                                                                  \
-    }                                                                                              \
     static size_t codes_##word(const word *restrict values, size_t count, word zero, word escape,  \
                                uint8_t *restrict codes, word *restrict outside)                    \
     {                                                                                              \
@@ -75,21 +50,6 @@ typedef struct {
             outside[used] = values[i];                                                             \
             used += (size_t)is_outside;                                                            \
         }                                                                                          \
-        return used;                                                                               \
-    }                                                                                              \
-    static size_t patch_##word(word *restrict values, size_t count, word marker,                   \
-                               const word *restrict replacements, size_t replacement_count)        \
-    {                                                                                              \
-        size_t used = 0, i = 0;                                                                    \
-        /* Without a branch for each value: markers come at random, one in ten or so. */           \
-        for (; i < count && used < replacement_count; i++) {                                       \
-            word replacement = replacements[used];                                                 \
-            int is_marker = values[i] == marker;                                                   \
-            values[i] = is_marker ? replacement : values[i];                                       \
-            used += (size_t)is_marker;                                                             \
-        }                                                                                          \
-        for (; i < count; i++)                                                                     \
-            used += values[i] == marker;                                                           \
         return used;                                                                               \
     }                                                                                              \
     static void count_##word(const word *words, size_t count, unsigned shift, unsigned mask,       \
@@ -132,8 +92,9 @@ static int load_groups(Groups *g, const Py_buffer *lookup, const Py_buffer *size
     return 0;
 }
 
-static PyObject *move(PyObject *args, int split)
+static PyObject *split(PyObject *self, PyObject *args)
 {
+    (void)self;
     Py_buffer in, prediction, lookup, sizes, out;
     unsigned width, shift, mask;
     if (!PyArg_ParseTuple(args, "Iy*y*y*y*w*II", &width, &in, &prediction, &lookup, &sizes, &out,
@@ -151,9 +112,7 @@ static PyObject *move(PyObject *args, int split)
     if (load_groups(&g, &lookup, &sizes, shift, mask, count))
         goto done;
     Py_BEGIN_ALLOW_THREADS;
-#define RUN(word)                                                                                  \
-    failed = split ? split_##word(in.buf, prediction.buf, count, &g, out.buf)                      \
-                   : join_##word(in.buf, prediction.buf, count, &g, out.buf)
+#define RUN(word) failed = split_##word(in.buf, prediction.buf, count, &g, out.buf)
     switch (width) {
     case 1: RUN(uint8_t); break;
     case 2: RUN(uint16_t); break;
@@ -172,18 +131,6 @@ done:
     PyBuffer_Release(&sizes);
     PyBuffer_Release(&out);
     return result;
-}
-
-static PyObject *split(PyObject *self, PyObject *args)
-{
-    (void)self;
-    return move(args, 1);
-}
-
-static PyObject *join(PyObject *self, PyObject *args)
-{
-    (void)self;
-    return move(args, 0);
 }
 
 static PyObject *count_keys(PyObject *self, PyObject *args)
@@ -253,37 +200,6 @@ done:
     return result;
 }
 
-static PyObject *patch(PyObject *self, PyObject *args)
-{
-    (void)self;
-    Py_buffer values, replacements;
-    unsigned width;
-    unsigned long long marker;
-    if (!PyArg_ParseTuple(args, "Iw*Ky*", &width, &values, &marker, &replacements))
-        return NULL;
-    PyObject *result = NULL;
-    size_t used = 0;
-    if ((width != 1 && width != 2 && width != 4 && width != 8) || (size_t)values.len % width ||
-        (size_t)replacements.len % width) {
-        PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
-        goto done;
-    }
-    size_t count = (size_t)values.len / width, given = (size_t)replacements.len / width;
-    Py_BEGIN_ALLOW_THREADS;
-    switch (width) {
-    case 1: used = patch_uint8_t(values.buf, count, (uint8_t)marker, replacements.buf, given); break;
-    case 2: used = patch_uint16_t(values.buf, count, (uint16_t)marker, replacements.buf, given); break;
-    case 4: used = patch_uint32_t(values.buf, count, (uint32_t)marker, replacements.buf, given); break;
-    default: used = patch_uint64_t(values.buf, count, (uint64_t)marker, replacements.buf, given); break;
-    }
-    Py_END_ALLOW_THREADS;
-    result = PyLong_FromSize_t(used);
-done:
-    PyBuffer_Release(&values);
-    PyBuffer_Release(&replacements);
-    return result;
-}
-
 /* Second: conversions between float formats, as floats.py describes them. */
 
 static inline float as_float(uint32_t bits)
@@ -300,21 +216,51 @@ static inline uint32_t as_bits(float value)
     return bits;
 }
 
-VECTOR_LOOP static void widen_bf16(const uint16_t *restrict in, size_t count, uint32_t *restrict out)
+static inline uint32_t widen_one_bf16(uint16_t word)
 {
-    for (size_t i = 0; i < count; i++)
-        out[i] = (uint32_t)in[i] << 16;
+    return (uint32_t)word << 16;
 }
 
-VECTOR_LOOP static void widen_f16(const uint16_t *restrict in, size_t count, uint32_t *restrict out)
+static inline uint32_t widen_one_f16(uint16_t word)
 {
-    for (size_t i = 0; i < count; i++) {
-        uint32_t magnitude = in[i] & 0x7fffu;
-        uint32_t normal = (magnitude << 13) + (112u << 23);
-        uint32_t denormal = as_bits((float)(int32_t)magnitude * 5.9604644775390625e-8f); /* 2**-24 */
-        out[i] = (magnitude < 0x400u ? denormal : normal) | (uint32_t)(in[i] & 0x8000u) << 16;
-    }
+    uint32_t magnitude = word & 0x7fffu;
+    uint32_t normal = (magnitude << 13) + (112u << 23);
+    uint32_t denormal = as_bits((float)(int32_t)magnitude * 5.9604644775390625e-8f); /* 2**-24 */
+    return (magnitude < 0x400u ? denormal : normal) | (uint32_t)(word & 0x8000u) << 16;
 }
+
+static inline uint32_t widen_one_f32(uint32_t word)
+{
+    return word;
+}
+
+enum { FIRST = 1, LAST = 2 };
+
+/* widen: the same numbers as f32. add: total (+)= in * coefficient, where numbers too small to be safe
+ * from flushing count as zero, and so do sums, once complete, that are infinite or NaN: their bits
+ * would be the machine's choice. */
+#define DEFINE_WIDEN(name, word)                                                                   \
+    VECTOR_LOOP static void widen_##name(const word *restrict in, size_t count,                    \
+                                         uint32_t *restrict out)                                   \
+    {                                                                                              \
+        for (size_t i = 0; i < count; i++)                                                         \
+            out[i] = widen_one_##name(in[i]);                                                      \
+    }                                                                                              \
+    VECTOR_LOOP static void add_##name(const word *restrict in, size_t count, float coefficient,   \
+                                       int place, uint32_t *restrict total)                        \
+    {                                                                                              \
+        for (size_t i = 0; i < count; i++) {                                                       \
+            uint32_t bits = widen_one_##name(in[i]);                                               \
+            bits = (bits & 0x7f800000u) < 64u << 23 ? 0 : bits;                                    \
+            float product = as_float(bits) * coefficient;                                          \
+            uint32_t sum = as_bits(place & FIRST ? product : as_float(total[i]) + product);        \
+            total[i] = place & LAST && (sum & 0x7f800000u) == 0x7f800000u ? 0 : sum;               \
+        }                                                                                          \
+    }
+
+DEFINE_WIDEN(bf16, uint16_t)
+DEFINE_WIDEN(f16, uint16_t)
+DEFINE_WIDEN(f32, uint32_t)
 
 VECTOR_LOOP static void narrow_bf16(const uint32_t *restrict in, size_t count, uint16_t *restrict out)
 {
@@ -346,24 +292,6 @@ DEFINE_NARROW(f16, uint16_t, 10, 15, 0x7bffu)
 DEFINE_NARROW(e4m3, uint8_t, 3, 7, 0x7eu)
 DEFINE_NARROW(e5m2, uint8_t, 2, 15, 0x7bu)
 
-/* Infinities and NaNs, whose bits machines may choose, become 0. */
-VECTOR_LOOP static void clear_special(uint32_t *bits, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        bits[i] = (bits[i] & 0x7f800000u) == 0x7f800000u ? 0 : bits[i];
-}
-
-/* total (+)= in * coefficient, where numbers too small to be safe from flushing count as zero. */
-VECTOR_LOOP static void add_scaled(const uint32_t *restrict in, size_t count, float coefficient,
-                                   int first, float *restrict total)
-{
-    for (size_t i = 0; i < count; i++) {
-        uint32_t bits = (in[i] & 0x7f800000u) < 64u << 23 ? 0 : in[i];
-        float product = as_float(bits) * coefficient;
-        total[i] = first ? product : total[i] + product;
-    }
-}
-
 enum Format { FORMAT_BF16, FORMAT_F16, FORMAT_E4M3, FORMAT_E5M2, FORMAT_F32 };
 enum { INPUTS_MAX = 3, BLOCK = 2048 };
 
@@ -378,15 +306,30 @@ typedef struct {
     float coefficient;
 } Input;
 
+static const char *block_of(const Input *input, size_t start)
+{
+    return (const char *)input->buffer.buf + start * format_size(input->format);
+}
+
 static void widen_block(const Input *input, size_t start, size_t count, uint32_t *out)
 {
-    const char *from = (const char *)input->buffer.buf + start * format_size(input->format);
-    if (input->format == FORMAT_BF16)
-        widen_bf16((const uint16_t *)from, count, out);
-    else if (input->format == FORMAT_F16)
-        widen_f16((const uint16_t *)from, count, out);
-    else
-        memcpy(out, from, 4 * count);
+    const char *from = block_of(input, start);
+    switch (input->format) {
+    case FORMAT_BF16: widen_bf16((const uint16_t *)from, count, out); break;
+    case FORMAT_F16: widen_f16((const uint16_t *)from, count, out); break;
+    default: widen_f32((const uint32_t *)from, count, out); break;
+    }
+}
+
+static void add_block(const Input *input, size_t start, size_t count, int place, uint32_t *total)
+{
+    const char *from = block_of(input, start);
+    const float factor = input->coefficient;
+    switch (input->format) {
+    case FORMAT_BF16: add_bf16((const uint16_t *)from, count, factor, place, total); break;
+    case FORMAT_F16: add_f16((const uint16_t *)from, count, factor, place, total); break;
+    default: add_f32((const uint32_t *)from, count, factor, place, total); break;
+    }
 }
 
 static void narrow_block(const uint32_t *in, size_t count, unsigned format, char *out)
@@ -405,17 +348,19 @@ static void narrow_block(const uint32_t *in, size_t count, unsigned format, char
 static void convert_all(const Input *inputs, size_t input_count, int scaled, unsigned format,
                         size_t count, char *out)
 {
-    uint32_t wide[BLOCK], total[BLOCK];
+    uint32_t wide[BLOCK];
     for (size_t start = 0; start < count; start += BLOCK) {
         size_t size = count - start < BLOCK ? count - start : BLOCK;
         for (size_t i = 0; i < input_count; i++) {
-            widen_block(&inputs[i], start, size, wide);
+            if (start + size < count)
+                fetch_ahead(block_of(&inputs[i], start + size), BLOCK * format_size(inputs[i].format));
             if (scaled)
-                add_scaled(wide, size, inputs[i].coefficient, i == 0, (float *)total);
+                add_block(&inputs[i], start, size,
+                          (i == 0 ? FIRST : 0) | (i + 1 == input_count ? LAST : 0), wide);
+            else
+                widen_block(&inputs[i], start, size, wide);
         }
-        if (scaled)
-            clear_special(total, size);
-        narrow_block(scaled ? total : wide, size, format, out + start * format_size(format));
+        narrow_block(wide, size, format, out + start * format_size(format));
     }
 }
 
@@ -474,14 +419,23 @@ static PyMethodDef methods[] = {
      " one input as it is; formats: bf16 0, f16 1, f8_e4m3 2, f8_e5m2 3 (of out only), f32 4"},
     {"split", split, METH_VARARGS,
      "split(width, values, prediction, lookup, sizes, out, shift, mask): values - prediction, by group"},
-    {"join", join, METH_VARARGS,
-     "join(width, residual, prediction, lookup, sizes, out, shift, mask): undo split"},
     {"codes", codes, METH_VARARGS,
      "codes(width, values, zero, escape, codes, outside): codes of values; counts those outside"},
-    {"patch", patch, METH_VARARGS,
-     "patch(width, values, marker, replacements): put them where the marker is; counts markers"},
     {"count_keys", count_keys, METH_VARARGS,
      "count_keys(width, words, out, shift, mask): how many words have each key"},
+    {"merge_planes", merge_planes, METH_VARARGS,
+     "merge_planes(width, planes, bias, out): words from their bytes, lowest first, less a bias; a"
+     " plane of one byte is constant"},
+    {"rebuild", rebuild, METH_VARARGS,
+     "rebuild(width, prediction, out, shift, mask, groups, escapes): prediction and residuals added;"
+     " groups: a tuple of (last key, words, form, escapes, planes); behind the escapes 16 words more;"
+     " out may be the prediction"},
+    {"put_together", put_together, METH_VARARGS,
+     "put_together(unit, lead, constant, rim, window, lows, out): words from their planes; rim and"
+     " window may be None; lows: a tuple of (position, width, bytes)"},
+    {"allow_vectors", allow_vectors, METH_O,
+     "allow_vectors(allowed): whether rebuild uses AVX2 where there is any, for tests of what other"
+     " processors do; gives whether it will"},
     {NULL, NULL, 0, NULL},
 };
 
@@ -492,9 +446,10 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__kernels(void)
 {
+    prepare_rebuild();
     PyObject *created = PyModule_Create(&module);
     /* kernels.py uses no module of another version: a file built for older sources. */
-    if (created && PyModule_AddIntConstant(created, "VERSION", 1)) {
+    if (created && PyModule_AddIntConstant(created, "VERSION", 2)) {
         Py_DECREF(created);
         return NULL;
     }

@@ -22,7 +22,15 @@ from fragfs.codec.kernels import find_kernels
 from fragfs.errors import FormatError
 from fragfs.types import Dtype
 
-__all__ = ["GROUPS_MAX", "Groups", "Words", "join_groups", "plan_groups", "split_groups"]
+__all__ = [
+    "GROUPS_MAX",
+    "Groups",
+    "Words",
+    "join_groups",
+    "key_field",
+    "plan_groups",
+    "split_groups",
+]
 
 Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
@@ -116,30 +124,21 @@ def split_groups(words: Words, prediction: Words, groups: Groups, dtype: Dtype) 
     return (words - prediction)[order]
 
 
-def join_groups(residual: Words, prediction: Words, groups: Groups, dtype: Dtype) -> Words:
-    """Undo `split_groups`.
+def join_groups(
+    residual: Words, prediction: Words, groups: Groups, dtype: Dtype, out: Words
+) -> None:
+    """Undo `split_groups` into `out`, which may be the prediction. The compiled loop is `rebuild`.
 
     Raises:
         FormatError: The groups' sizes are not those of this prediction.
     """
-    out = np.empty_like(residual)
     if len(groups.sizes) == 1:
         np.add(residual, prediction, out=out)
-        return out
-    shift, mask = key_field(dtype)
-    if _kernels is not None:
-        sizes = np.array(groups.sizes, np.uint32)
-        try:
-            _kernels.join(
-                residual.itemsize, residual, prediction, groups.lookup(), sizes, out, shift, mask
-            )
-        except ValueError as error:
-            raise FormatError(f"groups of a residual: {error}") from error
-        return out
-    order = _order(prediction, groups, shift, mask)
-    out[order] = residual
-    np.add(out, prediction, out=out)
-    return out
+        return
+    order = _order(prediction, groups, *key_field(dtype))
+    placed = np.empty_like(residual)
+    placed[order] = residual
+    np.add(placed, prediction, out=out)
 
 
 def _order(prediction: Words, groups: Groups, shift: int, mask: int) -> NDArray[np.intp]:

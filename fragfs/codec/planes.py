@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fragfs.codec.entropy import Bytes, Method, decompress_into, store_plane
+from fragfs.codec.kernels import find_kernels
 from fragfs.codec.scratch import ScratchMemory
 from fragfs.errors import FormatError
 
@@ -121,7 +122,14 @@ def decode_planes(params: Bytes, payload: memoryview, unit: int, raw_size: int) 
     scratch = _Scratch(layout, planes, count)
     parts = _decode_parts(planes, layout, count, scratch)
     raw = np.empty(raw_size, np.uint8)
-    _merge(parts, layout, scratch, raw[: count * unit].view(layout.word))
+    words = raw[: count * unit].view(layout.word)
+    if _kernels is None:
+        _merge(parts, layout, scratch, words)
+    else:
+        low = tuple((position, values.itemsize, values) for position, values in parts.low)
+        _kernels.put_together(
+            unit, layout.lead, parts.constant, parts.rim, parts.window, low, words
+        )
     if tail_size:
         raw[count * unit :] = np.frombuffer(payload, np.uint8)[-tail_size:]
     return raw.data.toreadonly()
@@ -225,6 +233,7 @@ class _Parts:
     constant: int
 
 
+_kernels = find_kernels()
 _memory = ScratchMemory()
 
 
@@ -290,7 +299,7 @@ def _raw_values(plane: _Plane, count: int) -> Words:
 
 
 def _merge(parts: _Parts, layout: _Layout, scratch: _Scratch, out: Words) -> None:
-    """Put the parts of every element together in `out`, a block at a time.
+    """Put the parts of every element together in `out`, a block at a time, without the kernels.
 
     Only widening copies and arithmetic in place: such a pass runs at 25 to 80 GB/s in cache, where
     writing every second or fourth byte of the output runs at 7 to 14 (EPYC, numpy 2.4). Window and

@@ -21,12 +21,8 @@ from fragfs.codec.predict import (
     scale_count,
     unit_size,
 )
-from fragfs.codec.residual import (
-    decode_residual,
-    encode_residual,
-    parse_streams,
-    store_streams,
-)
+from fragfs.codec.rebuild import decode_residual, parse_streams
+from fragfs.codec.residual import encode_residual, store_streams
 from fragfs.codec.solo import Buffer, Encoding, decode_solo, encode_solo
 from fragfs.errors import FormatError
 from fragfs.types import FRAGMENT_BYTES_MAX, Dtype, Predictor
@@ -157,7 +153,11 @@ def decode_predicted(
                 scales=bits.view("<f4"),
             )
         predicted = prediction.predict(bases, dtype, count)
-        words, params, payload = decode_residual(params, payload, predicted, dtype)
+        # A DELTA's prediction is its base itself, which others read.
+        is_ours = prediction.predictor is not Predictor.DELTA
+        words, params, payload = decode_residual(
+            params, payload, predicted, dtype, overwrite=is_ours
+        )
     covered = count * unit
     if covered == raw_size:
         if len(params) or len(payload):

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fragfs.codec import floats, groups, residual
+from fragfs.codec import floats, groups, planes, rebuild, residual
 from fragfs.codec.encoding import decode
 from fragfs.codec.predict import Prediction
 from fragfs.codec.predicted import encode_predicted
@@ -44,7 +44,7 @@ UNIT = {
 
 def without_kernels(patch: pytest.MonkeyPatch) -> None:
     """From now on numpy does what the compiled loops do."""
-    for module in (floats, groups, residual):
+    for module in (floats, groups, planes, rebuild, residual):
         patch.setattr(module, "_kernels", None)
 
 
@@ -285,3 +285,17 @@ def every_case() -> list[Case]:
         *blend_cases(),
         *quantize_cases(),
     ]
+
+
+def escapes_of(form, count, rng):
+    """Residuals for codes of `form` bits of which none, one, some and all are escapes."""
+    near = rng.integers(1 - (1 << form - 1), 1 << form - 1, count)
+    # The nearest on both sides, and those farthest away.
+    escape = 1 << form - 1
+    far = rng.choice([escape, -escape, 100, -100, 127, -128], count)
+    for share in (0, 0.02, 0.5, 0.98, 1):
+        yield np.where(rng.random(count) < share, far, near).tolist()
+    for place in {0, count // 2, count - 1}:
+        values = near.tolist()
+        values[place] = 100
+        yield values

@@ -1,13 +1,12 @@
 """The decoder's self-test passes here, and notices whatever decodes otherwise."""
 
 import time
-from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from fragfs.codec import floats, groups, predict, predicted, residual, selftest
+from fragfs.codec import floats, groups, predict, predicted, rebuild, selftest
 from fragfs.codec.selftest import check_decoder
 from fragfs.errors import FormatError, FragmentError, IntegrityError
 from fragfs.types import PREDICTORS_FROM_BASES, Dtype, Predictor
@@ -137,20 +136,31 @@ def unpack_high_bits_first(packed, bits, out):
     out[:] = codes.reshape(-1)
 
 
-class UnstableKernels:
-    """A loop that hands out the residuals of a group from its end."""
-
-    @staticmethod
-    def join(width, words, prediction, lookup, sizes, out, shift, mask):
-        ends = np.cumsum(sizes).tolist()
-        for i, word in enumerate(prediction.tolist()):
-            group = lookup[word >> shift & mask]
-            ends[group] -= 1
-            out[i] = (int(words[ends[group]]) + word) % (1 << 8 * width)
+def order_from_the_end(prediction, groups, shift, mask, right=groups._order):
+    """The words of each group, the last of them first."""
+    order = right(prediction, groups, shift, mask)
+    ends = np.cumsum(groups.sizes)
+    return np.concatenate([part[::-1] for part in np.split(order, ends[:-1])])
 
 
-def patch_nothing(width, values, marker, replacements):
-    return int(np.count_nonzero(values == values.dtype.type(marker)))
+class Rebuilding:
+    """Loops that rebuild otherwise: `change` gets and returns a group's fields and the escapes."""
+
+    def __init__(self, change):
+        self.merge_planes = COMPILED.merge_planes
+        self._change = change
+
+    def rebuild(self, width, prediction, out, shift, mask, groups, escapes):
+        groups, escapes = self._change(groups, escapes)
+        COMPILED.rebuild(width, prediction, out, shift, mask, groups, escapes)
+
+
+def no_escapes(groups, escapes):
+    return groups, np.zeros_like(escapes)
+
+
+def planes_backwards(groups, escapes):
+    return tuple((*fields[:4], fields[4][::-1]) for fields in groups), escapes
 
 
 class RoundingDown:
@@ -186,11 +196,18 @@ BROKEN = {
     "blend fused": (floats, "blend", blend_in_f64),
     "blend infinities": (floats, "blend", blend_keeping_infinities),
     "blend tiny": (floats, "blend", blend_with_tiny),
-    **({"compiled rounding": (floats, "_kernels", RoundingDown)} if COMPILED else {}),
-    "escapes": (residual, "_kernels", SimpleNamespace(patch=patch_nothing)),
-    "codes": (residual, "unpack_codes", unpack_high_bits_first),
-    "bias": (residual, "_bias", lambda unit: 0x80),
-    "groups": (groups, "_kernels", UnstableKernels),
+    **(
+        {
+            "compiled rounding": (floats, "_kernels", RoundingDown),
+            "compiled escapes": (rebuild, "_kernels", Rebuilding(no_escapes)),
+            "compiled planes": (rebuild, "_kernels", Rebuilding(planes_backwards)),
+        }
+        if COMPILED
+        else {}
+    ),
+    "codes": (rebuild, "unpack_codes", unpack_high_bits_first),
+    "bias": (rebuild, "_bias", lambda unit: 0x80),
+    "groups": (groups, "_order", order_from_the_end),
     "group keys": (groups, "key_field", lambda dtype: (dtype.mantissa_bits - 1, 0xFF)),
     "changes": (
         predicted,
@@ -203,7 +220,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_decodes_otherwise_is_noticed(name, monkeypatch):
     module, attribute, broken = BROKEN[name]
-    if module is floats:
+    if attribute != "_kernels" and module in (floats, groups, rebuild):
         # The compiled loops do without these functions.
         without_kernels(monkeypatch)
     monkeypatch.setattr(module, attribute, broken)
@@ -217,6 +234,6 @@ def test_a_decoder_that_refuses_is_noticed(monkeypatch):
     def refuse(*arguments):
         raise FormatError("a plane ends early")
 
-    monkeypatch.setattr(residual, "decompress_into", refuse)
+    monkeypatch.setattr(rebuild, "decompress_into", refuse)
     with pytest.raises(FragmentError, match=r"cannot decode \(DELTA of F32\): a plane ends early"):
         check_decoder()
