@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -442,6 +442,18 @@ class Catalog:
         """The fragments that the prediction of a fragment reads, in its order."""
         found = self.rows("SELECT base FROM bases WHERE fragment = ? ORDER BY position", (number,))
         return tuple(base for (base,) in found)
+
+    def bases_of(self, numbers: Collection[int]) -> dict[int, tuple[int, ...]]:
+        """`bases` of each of some fragments, a few hundred at most."""
+        found: dict[int, tuple[int, ...]] = dict.fromkeys(numbers, ())
+        marks = ", ".join("?" * len(found))
+        for fragment, base in self.rows(
+            f"SELECT fragment, base FROM bases WHERE fragment IN ({marks})"
+            " ORDER BY fragment, position",
+            list(found),
+        ):
+            found[fragment] += (base,)
+        return found
 
     def dependents(self, number: int) -> list[int]:
         """The fragments whose predictions read a fragment."""
