@@ -135,6 +135,9 @@ _MIGRATIONS = {
 }
 """What brings a catalog of a version to the next one."""
 
+_ASKED_STEP = 8
+"""Numbers asked for in one query are filled up to a multiple of this."""
+
 _FRAGMENT_COLUMNS = "number, id, pack, offset, record_size, raw_size, predictor"
 
 
@@ -446,11 +449,13 @@ class Catalog:
     def bases_of(self, numbers: Collection[int]) -> dict[int, tuple[int, ...]]:
         """`bases` of each of some fragments, a few hundred at most."""
         found: dict[int, tuple[int, ...]] = dict.fromkeys(numbers, ())
-        marks = ", ".join("?" * len(found))
+        # Filled up to a round number: SQLite then knows the statement from another time.
+        asked = [*found, *[*found][:1] * (-len(found) % _ASKED_STEP)]
+        marks = ", ".join("?" * len(asked))
         for fragment, base in self.rows(
             f"SELECT fragment, base FROM bases WHERE fragment IN ({marks})"
             " ORDER BY fragment, position",
-            list(found),
+            asked,
         ):
             found[fragment] += (base,)
         return found

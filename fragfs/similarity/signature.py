@@ -84,7 +84,7 @@ class SignatureConfig:
     band_windows: int = 4
     window_size: int = 16
     numbers_min: int = 512
-    rows_per_key: int = 32
+    rows_per_key: int = 40
 
     def __post_init__(self) -> None:
         if not 2 <= self.bands <= 16 or self.bands % 2:

@@ -32,6 +32,7 @@ SKETCH_SIZE = 48
 
 _LAYOUT_VERSION = 1
 _HEADER_SIZE = 4
+_TOP_OFFSET = 3
 _CODE_BITS = 11
 _MAGNITUDE_BITS = _CODE_BITS - 1
 _MANTISSA_BITS = 6
@@ -149,15 +150,20 @@ def _base(top: int) -> int:
     return max(((top + 1) << _MANTISSA_BITS) - (1 << _MAGNITUDE_BITS), (1 << _MANTISSA_BITS) - 1)
 
 
+_BASES = np.array([_base(top) for top in range(256)], np.uint32)
+
+
 def _unpack(sketches: list[bytes]) -> Floats:
     """The numbers of sketches, shape (len(sketches), SAMPLES)."""
+    joined = b"".join([*sketches, bytes(3)])
     # Every four bytes as one word, wherever they begin; the last ones reach behind the sketch.
     around: NDArray[np.uint32] = np.ndarray(
-        (len(sketches), SKETCH_SIZE), ">u4", b"".join([*sketches, bytes(3)]), 0, (SKETCH_SIZE, 1)
+        (len(sketches), SKETCH_SIZE), ">u4", joined, 0, (SKETCH_SIZE, 1)
     )
     codes = around.take(_CODE_BYTES, axis=1) >> _CODE_SHIFTS & np.uint32((1 << _CODE_BITS) - 1)
     magnitude = codes & np.uint32(_CODE_MAX)
-    base = np.array([_base(sketch[3]) for sketch in sketches], np.uint32)[:, None]
+    tops = np.frombuffer(joined, np.uint8)[_TOP_OFFSET:-3:SKETCH_SIZE]
+    base = _BASES.take(tops)[:, None]
     steps = np.minimum(magnitude + base, np.uint32((255 << _MANTISSA_BITS) - 1))
     patterns = np.where(magnitude > 0, steps << np.uint32(_SHIFT), np.uint32(0))
     patterns |= codes >> np.uint32(_MAGNITUDE_BITS) << np.uint32(31)

@@ -79,27 +79,27 @@ def check_adding_again_adds_keys(rows: WritableRows) -> None:
 
 
 def check_a_crowded_key_gives_its_oldest_and_newest(rows: WritableRows) -> None:
-    fill(rows, range(10, 50), 1)
-    for limit in (1, 5, 10, 15, 39):
+    fill(rows, range(10, 70), 1)
+    for limit in (1, 10, 20, 30, 59):
         oldest, newest = split_limit(limit)
-        kept = [*range(10, 10 + oldest), *range(50 - newest, 50)]
+        kept = [*range(10, 10 + oldest), *range(70 - newest, 70)]
         assert rows.fragments_of([1], limit) == expected(*kept)
-    for limit in (40, 41, 100):
-        assert rows.fragments_of([1], limit) == expected(*range(10, 50))
+    for limit in (60, 61, 100):
+        assert rows.fragments_of([1], limit) == expected(*range(10, 70))
 
 
 def check_a_key_is_crowded_by_itself(rows: WritableRows) -> None:
     fill(rows, range(0, 100), 1)
     fill(rows, range(100, 200), 2)
-    fill(rows, range(200, 220), 3)
+    fill(rows, range(200, 240), 3)
     few = [0, 1, 98, 99, 100, 101, 198, 199]
-    assert rows.fragments_of([1, 2, 3], 20) == expected(*few, *range(200, 220))
+    assert rows.fragments_of([1, 2, 3], 40) == expected(*few, *range(200, 240))
 
 
 def check_age_is_the_number_not_the_order_of_adding(rows: WritableRows) -> None:
-    fill(rows, [*range(29, 0, -1), 30], 1)
-    assert rows.fragments_of([1], 10) == expected(1, 30)
-    assert rows.fragments_of([1], 15) == expected(1, 2, 30)
+    fill(rows, [*range(39, 0, -1), 40], 1)
+    assert rows.fragments_of([1], 20) == expected(1, 40)
+    assert rows.fragments_of([1], 30) == expected(1, 2, 40)
 
 
 ROWS_CHECKS: list[Callable[[WritableRows], None]] = [
