@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,9 @@ _MIGRATIONS = {
     1: "ALTER TABLE library ADD COLUMN level INTEGER NOT NULL DEFAULT 0;" + _SIMILARITY_SCHEMA,
 }
 """What brings a catalog of a version to the next one."""
+
+_ASKED_STEP = 8
+"""Numbers asked for in one query are filled up to a multiple of this."""
 
 _FRAGMENT_COLUMNS = "number, id, pack, offset, record_size, raw_size, predictor"
 
@@ -442,6 +445,20 @@ class Catalog:
         """The fragments that the prediction of a fragment reads, in its order."""
         found = self.rows("SELECT base FROM bases WHERE fragment = ? ORDER BY position", (number,))
         return tuple(base for (base,) in found)
+
+    def bases_of(self, numbers: Collection[int]) -> dict[int, tuple[int, ...]]:
+        """`bases` of each of some fragments, a few hundred at most."""
+        found: dict[int, tuple[int, ...]] = dict.fromkeys(numbers, ())
+        # Filled up to a round number: SQLite then knows the statement from another time.
+        asked = [*found, *[*found][:1] * (-len(found) % _ASKED_STEP)]
+        marks = ", ".join("?" * len(asked))
+        for fragment, base in self.rows(
+            f"SELECT fragment, base FROM bases WHERE fragment IN ({marks})"
+            " ORDER BY fragment, position",
+            asked,
+        ):
+            found[fragment] += (base,)
+        return found
 
     def dependents(self, number: int) -> list[int]:
         """The fragments whose predictions read a fragment."""

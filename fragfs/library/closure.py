@@ -7,9 +7,9 @@ read may cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-__all__ = ["CLOSURE_LIMIT", "closure_of"]
+__all__ = ["CLOSURE_LIMIT", "Closures", "closure_of"]
 
 CLOSURE_LIMIT = 8
 """Largest `closure_max` of any library: what a reader follows before it calls a chain damaged."""
@@ -32,3 +32,37 @@ def closure_of(numbers: Iterable[int], bases: Callable[[int], Sequence[int]]) ->
             found.add(number)
             waiting += bases(number)
     return found
+
+
+class Closures:
+    """Closures of fragments whose bases do not change meanwhile: each is looked up once.
+
+    Args:
+        find_bases: The bases of each of some fragments, by its number.
+    """
+
+    def __init__(
+        self, find_bases: Callable[[Collection[int]], Mapping[int, tuple[int, ...]]]
+    ) -> None:
+        self._find_bases = find_bases
+        self._known: dict[int, tuple[int, ...]] = {}
+
+    def load(self, numbers: Iterable[int]) -> None:
+        """Look up the closures of all of `numbers` at once, one look-up for each level."""
+        waiting = set(numbers) - self._known.keys()
+        for _ in range(CLOSURE_LIMIT + 1):
+            if not waiting:
+                break
+            found = self._find_bases(waiting)
+            self._known.update(found)
+            waiting = {base for bases in found.values() for base in bases} - self._known.keys()
+
+    def bases(self, number: int) -> tuple[int, ...]:
+        """The bases of a fragment, in its predictor's order."""
+        self.load((number,))
+        return self._known[number]
+
+    def of(self, numbers: Sequence[int]) -> set[int]:
+        """The fragments that decoding all of `numbers` takes; see `closure_of`."""
+        self.load(numbers)
+        return closure_of(numbers, self._known.__getitem__)

@@ -24,6 +24,7 @@ from fragfs.formats.detect import parse_layout
 from fragfs.formats.layout import Layout
 from fragfs.library.add import AddOptions
 from fragfs.library.catalog import Catalog
+from fragfs.library.closure import Closures
 from fragfs.library.decode import FragmentDecoder
 from fragfs.library.files import storage_error
 from fragfs.library.hints import TensorHints
@@ -131,19 +132,22 @@ class _TrialPlanner(BasePlanner):
             self._recent.put(number, raw)
         return raw
 
-    def _bases(self, number: int) -> tuple[int, ...]:
-        if number < self._first:
-            return super()._bases(number)
-        if number not in self._assumed:
-            self._assumed[number] = self._assume(number)
-        return self._assumed[number]
+    def _bases_of(self, numbers: Collection[int]) -> dict[int, tuple[int, ...]]:
+        found = super()._bases_of([number for number in numbers if number < self._first])
+        for number in numbers:
+            if number >= self._first:
+                if number not in self._assumed:
+                    self._assumed[number] = self._assume(number)
+                found[number] = self._assumed[number]
+        return found
 
     def _assume(self, number: int) -> tuple[int, ...]:
         signature = self._pieces[number - self._first].signature
         if signature is not None:
+            closures = Closures(self._bases_of)
             for match in self._index.query(signature, count=_MATCHES):
                 if match.fragment < number:
-                    closure = self._closure((match.fragment,))
+                    closure = closures.of((match.fragment,))
                     if len(closure) < self._config.closure_max:
                         return (match.fragment,)
         return ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from fragfs.codec.encoding import decode
 from fragfs.codec.solo import Encoding, encode_solo
 from fragfs.errors import FragmentError, IntegrityError, NotFoundError, StorageError
 from fragfs.library.catalog import Catalog
-from fragfs.library.closure import CLOSURE_LIMIT, closure_of
+from fragfs.library.closure import CLOSURE_LIMIT, Closures
 from fragfs.library.decode import FragmentDecoder
 from fragfs.library.recent import RecentFragments
 from fragfs.library.records import checksum
@@ -32,7 +33,14 @@ from fragfs.similarity.index import (
 from fragfs.similarity.signature import FragmentSignature, name_key
 from fragfs.types import Dtype, Fragment, FragmentId, Level, LibraryConfig, Predictor
 
-__all__ = ["BasePlanner", "CatalogSignatureRows", "Hints", "Planned", "prove"]
+__all__ = [
+    "BasePlanner",
+    "CatalogSignatureRows",
+    "Hints",
+    "Planned",
+    "look_up_ahead",
+    "prove",
+]
 
 _RECENT_BYTES_MAX = 192 << 20
 """Decoded bases kept: two workers with four candidates each of 2 MiB, and what siblings will
@@ -40,6 +48,9 @@ need."""
 
 _MATCHES_MAX = 24
 """Fragments looked at; how many of them are decoded and tried is up to `codec.choose`."""
+
+_LOOKED_UP = 12
+"""Matches whose closures are looked up at a time: `codec.choose` takes no more of them."""
 
 _COPY_SHARE_MAX = 0.01
 """A fragment stored in less than this share of its bytes is a copy of its base."""
@@ -87,29 +98,24 @@ class CatalogSignatureRows:
         self._catalog = catalog
 
     def fragments_of(self, keys: Sequence[int], limit: int) -> list[tuple[int, bytes]]:
-        """See `SignatureRows`: the oldest few and the newest few under each key."""
-        if not keys:
-            return []
-        oldest, newest = split_limit(limit)
-        one = (
-            f"SELECT * FROM (SELECT fragment FROM similar WHERE key = ? ORDER BY fragment"
-            f" LIMIT {oldest})"
-        )
-        other = (
-            f"SELECT * FROM (SELECT fragment FROM similar WHERE key = ? ORDER BY fragment DESC"
-            f" LIMIT {newest})"
-        )
-        parts = " UNION ".join([one, other] if newest else [one])
-        union = " UNION ".join([parts] * len(keys))
-        parameters = [key for key in keys for _ in range(2 if newest else 1)]
-        return [
-            (int(number), bytes(sketch))
-            for number, sketch in self._catalog.rows(
-                f"SELECT fragment, sketch FROM signatures WHERE fragment IN ({union})"
-                " ORDER BY fragment",
-                parameters,
-            )
+        """See `SignatureRows`. All keys in one query: each by itself would take twice the time."""
+        return self._catalog.rows(_signatures_query(len(keys), limit), keys) if keys else []
+
+
+@lru_cache(maxsize=64)
+def _signatures_query(key_count: int, limit: int) -> str:
+    """Numbers and sketches of what is under any of some keys, as `SignatureRows` has it."""
+    oldest, newest = split_limit(limit)
+    parts = []
+    for key in range(1, key_count + 1):
+        rows = f"SELECT fragment FROM similar WHERE key = ?{key} ORDER BY fragment"
+        is_crowded = f"EXISTS (SELECT 1 FROM similar WHERE key = ?{key} LIMIT 1 OFFSET {limit})"
+        parts += [
+            f"SELECT * FROM ({rows} LIMIT CASE WHEN {is_crowded} THEN {oldest} ELSE {limit} END)",
+            f"SELECT * FROM ({rows} DESC LIMIT {newest})",
         ]
+    union = " UNION ALL ".join(parts)
+    return f"SELECT fragment, sketch FROM signatures WHERE fragment IN ({union}) ORDER BY fragment"
 
 
 class _LockedRows:
@@ -199,12 +205,13 @@ class BasePlanner:
         """
         signature = self.sign(raw, dtype, hints)
         numbers: list[int] = []
+        closures = Closures(self._bases_of)
         if signature is not None:
             limit = self._config.closure_max
-            found = self._candidates(signature, dtype, exclude, limit, numbers)
+            found = self._candidates(signature, dtype, exclude, closures, numbers)
 
             def may_combine(indices: Sequence[int]) -> bool:
-                return len(self._closure([numbers[index] for index in indices])) < limit
+                return len(closures.of([numbers[index] for index in indices])) < limit
 
             choice = encode_best(
                 raw,
@@ -228,7 +235,7 @@ class BasePlanner:
         # Only what may serve as a base is indexed: one more fragment must fit its closure. A copy
         # does not: its original serves in its place.
         is_copy = bool(bases) and choice.encoding.size < len(raw) * _COPY_SHARE_MAX
-        if is_copy or len(self._closure(bases)) + 2 > self._config.closure_max:
+        if is_copy or len(closures.of(bases)) + 2 > self._config.closure_max:
             signature = None
         return Planned(fragment, bases, signature)
 
@@ -245,7 +252,7 @@ class BasePlanner:
         signature: FragmentSignature,
         dtype: Dtype,
         exclude: Collection[int],
-        closure_max: int,
+        closures: Closures,
         numbers: list[int],
     ) -> Iterator[Candidate]:
         """The closest fragments that may be bases, decoded when they are asked for.
@@ -254,7 +261,7 @@ class BasePlanner:
             signature: Of the fragment to predict.
             dtype: How it reads.
             exclude: Fragments that decoding it must not take.
-            closure_max: Most fragments that decoding it may take.
+            closures: Knows what decoding a fragment takes.
             numbers: Gets the number of each candidate.
         """
         matches = self._index.query(signature, count=_MATCHES_MAX, exclude=exclude)
@@ -263,10 +270,10 @@ class BasePlanner:
             matches.sort(key=lambda match: (match.dtype.bits == 8, match.fragment))
         else:
             matches = _near(matches)
-        for match in matches:
-            number, candidate_dtype = self._original(match.fragment, match.dtype)
-            closure = self._closure((number,))
-            if number in numbers or len(closure) >= closure_max:
+        for match in look_up_ahead(matches, closures):
+            number, candidate_dtype = self._original(match.fragment, match.dtype, closures)
+            closure = closures.of((number,))
+            if number in numbers or len(closure) >= self._config.closure_max:
                 continue
             if not closure.isdisjoint(exclude):
                 continue
@@ -275,7 +282,7 @@ class BasePlanner:
                 numbers.append(number)
                 yield Candidate(raw, candidate_dtype, len(closure))
 
-    def _original(self, number: int, dtype: Dtype) -> tuple[int, Dtype]:
+    def _original(self, number: int, dtype: Dtype, closures: Closures) -> tuple[int, Dtype]:
         """What a fragment is a copy of, in another precision or nearly so; or itself.
 
         What is predicted from the original reads one fragment less than what is predicted from
@@ -283,12 +290,12 @@ class BasePlanner:
         """
         # Not for ever, should a damaged catalog have copies of each other.
         for _ in range(CLOSURE_LIMIT):
-            if number in self._pending_ids:
+            bases = closures.bases(number)
+            if len(bases) != 1 or number in self._pending_ids:
                 break
             try:
                 metadata = self._catalog.fragment(number)
-                bases = self._catalog.bases(number)
-                if len(bases) != 1 or metadata.record_size > metadata.raw_size * _COPY_SHARE_MAX:
+                if metadata.record_size > metadata.raw_size * _COPY_SHARE_MAX:
                     break
                 original = self._decoder.read_header(self._catalog.fragment(bases[0]))
             except FragmentError:
@@ -313,12 +320,24 @@ class BasePlanner:
         pending = self._pending_ids.get(number)
         return pending[0] if pending is not None else self._catalog.fragment(number).id
 
-    def _closure(self, numbers: Sequence[int]) -> set[int]:
-        return closure_of(numbers, self._bases)
+    def _bases_of(self, numbers: Collection[int]) -> dict[int, tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
+        for number in numbers:
+            pending = self._pending_ids.get(number)
+            if pending is not None:
+                found[number] = pending[1]
+        stored = [number for number in numbers if number not in found]
+        return found | self._catalog.bases_of(stored) if stored else found
 
-    def _bases(self, number: int) -> tuple[int, ...]:
-        pending = self._pending_ids.get(number)
-        return pending[1] if pending is not None else self._catalog.bases(number)
+
+def look_up_ahead(
+    matches: Sequence[SimilarityMatch], closures: Closures
+) -> Iterator[SimilarityMatch]:
+    """The matches, closures of some looked up together before these come: not all are asked for."""
+    for start in range(0, len(matches), _LOOKED_UP):
+        some = matches[start : start + _LOOKED_UP]
+        closures.load(match.fragment for match in some)
+        yield from some
 
 
 def _near(matches: Sequence[SimilarityMatch]) -> list[SimilarityMatch]:

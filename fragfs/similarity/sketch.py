@@ -32,6 +32,7 @@ SKETCH_SIZE = 48
 
 _LAYOUT_VERSION = 1
 _HEADER_SIZE = 4
+_TOP_OFFSET = 3
 _CODE_BITS = 11
 _MAGNITUDE_BITS = _CODE_BITS - 1
 _MANTISSA_BITS = 6
@@ -42,10 +43,8 @@ _TINY = float(np.finfo(np.float64).tiny)
 _LEVEL_MAX = 63
 _KIND_SIZE = 3  # version, dtype, level
 _CODE_STARTS = np.arange(SAMPLES) * _CODE_BITS
-_CODE_BYTES = _HEADER_SIZE + _CODE_STARTS[:, None] // 8 + np.arange(3)
-_CODE_BYTES = np.minimum(_CODE_BYTES, SKETCH_SIZE - 1)  # no third byte after the last number
-_CODE_SHIFTS = (24 - _CODE_BITS - _CODE_STARTS % 8).astype(np.uint32)
-_BYTE_WEIGHTS = np.array([1 << 16, 1 << 8, 1], np.uint32)
+_CODE_BYTES = _HEADER_SIZE + _CODE_STARTS // 8
+_CODE_SHIFTS = (32 - _CODE_BITS - _CODE_STARTS % 8).astype(np.uint32)
 
 _ALIKE_MAX = 28
 """Numbers of a sketch that may be the same one. Beyond, too little is left to compare."""
@@ -151,13 +150,20 @@ def _base(top: int) -> int:
     return max(((top + 1) << _MANTISSA_BITS) - (1 << _MAGNITUDE_BITS), (1 << _MANTISSA_BITS) - 1)
 
 
+_BASES = np.array([_base(top) for top in range(256)], np.uint32)
+
+
 def _unpack(sketches: list[bytes]) -> Floats:
     """The numbers of sketches, shape (len(sketches), SAMPLES)."""
-    table = np.frombuffer(b"".join(sketches), np.uint8).reshape(-1, SKETCH_SIZE)
-    around = table[:, _CODE_BYTES].astype(np.uint32) @ _BYTE_WEIGHTS
-    codes = around >> _CODE_SHIFTS & np.uint32((1 << _CODE_BITS) - 1)
+    joined = b"".join([*sketches, bytes(3)])
+    # Every four bytes as one word, wherever they begin; the last ones reach behind the sketch.
+    around: NDArray[np.uint32] = np.ndarray(
+        (len(sketches), SKETCH_SIZE), ">u4", joined, 0, (SKETCH_SIZE, 1)
+    )
+    codes = around.take(_CODE_BYTES, axis=1) >> _CODE_SHIFTS & np.uint32((1 << _CODE_BITS) - 1)
     magnitude = codes & np.uint32(_CODE_MAX)
-    base = np.array([_base(sketch[3]) for sketch in sketches], np.uint32)[:, None]
+    tops = np.frombuffer(joined, np.uint8)[_TOP_OFFSET:-3:SKETCH_SIZE]
+    base = _BASES.take(tops)[:, None]
     steps = np.minimum(magnitude + base, np.uint32((255 << _MANTISSA_BITS) - 1))
     patterns = np.where(magnitude > 0, steps << np.uint32(_SHIFT), np.uint32(0))
     patterns |= codes >> np.uint32(_MAGNITUDE_BITS) << np.uint32(31)

@@ -81,10 +81,11 @@ class SqliteSignatureRows:
             " WHERE key = ? ORDER BY fragment {} LIMIT ?"
         )
         for key in dict.fromkeys(keys):
-            rows = self.connection.execute(query.format(""), (key, oldest)).fetchall()
+            rows = self.connection.execute(query.format(""), (key, limit + 1)).fetchall()
+            if len(rows) > limit:
+                del rows[oldest:]
+                rows += self.connection.execute(query.format("DESC"), (key, newest))
             found.update(rows)
-            if len(rows) == oldest:
-                found.update(self.connection.execute(query.format("DESC"), (key, newest)))
         return sorted(found.items())
 
 

@@ -78,26 +78,28 @@ def check_adding_again_adds_keys(rows: WritableRows) -> None:
     assert rows.fragments_of([100], 16) == expected(5)
 
 
-def check_the_limit_keeps_oldest_and_newest(rows: WritableRows) -> None:
-    fill(rows, range(10, 20), 1)
-    for limit in range(1, 10):
+def check_a_crowded_key_gives_its_oldest_and_newest(rows: WritableRows) -> None:
+    fill(rows, range(10, 70), 1)
+    for limit in (1, 10, 20, 30, 59):
         oldest, newest = split_limit(limit)
-        kept = [*range(10, 10 + oldest), *range(20 - newest, 20)]
+        kept = [*range(10, 10 + oldest), *range(70 - newest, 70)]
         assert rows.fragments_of([1], limit) == expected(*kept)
-    for limit in (10, 11, 100):
-        assert rows.fragments_of([1], limit) == expected(*range(10, 20))
+    for limit in (60, 61, 100):
+        assert rows.fragments_of([1], limit) == expected(*range(10, 70))
 
 
-def check_the_limit_holds_per_key(rows: WritableRows) -> None:
+def check_a_key_is_crowded_by_itself(rows: WritableRows) -> None:
     fill(rows, range(0, 100), 1)
     fill(rows, range(100, 200), 2)
-    assert rows.fragments_of([1, 2], 4) == expected(0, 1, 98, 99, 100, 101, 198, 199)
+    fill(rows, range(200, 240), 3)
+    few = [0, 1, 98, 99, 100, 101, 198, 199]
+    assert rows.fragments_of([1, 2, 3], 40) == expected(*few, *range(200, 240))
 
 
 def check_age_is_the_number_not_the_order_of_adding(rows: WritableRows) -> None:
-    fill(rows, [5, 1, 4, 2, 3], 1)
-    assert rows.fragments_of([1], 2) == expected(1, 5)
-    assert rows.fragments_of([1], 3) == expected(1, 2, 5)
+    fill(rows, [*range(39, 0, -1), 40], 1)
+    assert rows.fragments_of([1], 20) == expected(1, 40)
+    assert rows.fragments_of([1], 30) == expected(1, 2, 40)
 
 
 ROWS_CHECKS: list[Callable[[WritableRows], None]] = [
@@ -107,7 +109,7 @@ ROWS_CHECKS: list[Callable[[WritableRows], None]] = [
     check_extreme_keys,
     check_hint_keys_find_too,
     check_adding_again_adds_keys,
-    check_the_limit_keeps_oldest_and_newest,
-    check_the_limit_holds_per_key,
+    check_a_crowded_key_gives_its_oldest_and_newest,
+    check_a_key_is_crowded_by_itself,
     check_age_is_the_number_not_the_order_of_adding,
 ]

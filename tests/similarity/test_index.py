@@ -100,7 +100,7 @@ def test_rows_per_key_is_honoured():
     rows = MemorySignatureRows()
     for number in range(50):
         rows.add(number, sign(weights(7)))
-    index = SimilarityIndex(rows, config=SignatureConfig(rows_per_key=3))
+    index = SimilarityIndex(rows, config=SignatureConfig(rows_per_key=30))
     found = index.query(index.sign(weights(7).tobytes(), Dtype.F32), count=100)
     assert [match.fragment for match in found] == [0, 1, 49]
 
@@ -120,7 +120,8 @@ def test_thresholds_are_checked(distance):
 
 
 def test_split_limit_prefers_the_oldest():
-    assert [split_limit(limit) for limit in range(1, 5)] == [(1, 0), (1, 1), (2, 1), (2, 2)]
+    limits = [split_limit(limit) for limit in (1, 19, 20, 30, 40)]
+    assert limits == [(1, 0), (1, 0), (1, 1), (2, 1), (2, 2)]
 
 
 def test_a_large_family_stays_searchable():

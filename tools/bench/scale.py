@@ -6,18 +6,22 @@ Models are tiny, so that there can be many: what is measured is the number of fr
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from fragfs.library.add import AddOptions
 from fragfs.library.catalog import CATALOG_NAME, Catalog
-from fragfs.library.closure import closure_of
+from fragfs.library.closure import Closures
 from fragfs.library.library import FragmentLibrary
-from fragfs.library.planning import CatalogSignatureRows
+from fragfs.library.planning import CatalogSignatureRows, look_up_ahead
 from fragfs.similarity.index import SimilarityIndex
 from fragfs.similarity.signature import name_key
 from fragfs.types import Dtype, LibraryConfig
@@ -32,7 +36,9 @@ _ELEMENTS = 1 << 12
 _TENSORS = 8
 _MODELS = 1000
 _EARLY = 10
-_SEARCHES = 24
+_SEARCHES = 96
+_CANDIDATES = 12
+"""As many as level `small` tries."""
 
 
 def measure_scale(setting: Setting) -> list[Table]:
@@ -41,8 +47,9 @@ def measure_scale(setting: Setting) -> list[Table]:
         f"Scale: libraries of {_MODELS:,} small models, {_TENSORS} fragments each",
         ["", f"search at {_EARLY}", f"search at {_MODELS:,}", "ratio", "catalog per fragment"],
         notes=[
-            "Search: signing a fragment of the next model, finding candidates and their closures"
-            " without decoding them, median. Catalog: the database and nothing else, per fragment."
+            "Search: signing a fragment of the next model, finding candidates and the closures of"
+            f" the {_CANDIDATES} that are tried at most, without decoding them, median; in both"
+            " libraries in turn. Catalog: the database and nothing else, per fragment."
         ],
     )
     for name, key, families in (
@@ -69,24 +76,26 @@ def _measure(place: Path, families: int) -> tuple[float, float, float]:
     bases = rng.standard_normal((families, _TENSORS, _ELEMENTS), np.float32) * np.float32(0.02)
     noise = np.float32(0.0004)
     place.mkdir()
-    searches = []
-    config = LibraryConfig(fragment_elements=_ELEMENTS)
-    with FragmentLibrary.create(place / "library", config) as library:
-        for number in range(_MODELS):
-            if number in (_EARLY, _MODELS - 1):
-                searches.append(_search(library.path, bases[number % families], rng, noise))
-            weights = bases[number % families] + noise * rng.standard_normal(
-                bases.shape[1:], np.float32
-            )
-            source = place / f"model-{number}"
-            _write(source / "model.safetensors", weights)
-            library.add([source], AddOptions(space_check=False))
-        fragments = library.stats().fragment_count
+    path, early = place / "library", place / "early"
+    FragmentLibrary.create(path, LibraryConfig(fragment_elements=_ELEMENTS)).close()
+    for first, end in ((0, _EARLY), (_EARLY, _MODELS)):
+        with FragmentLibrary.open(path) as library:
+            for number in range(first, end):
+                weights = bases[number % families] + noise * rng.standard_normal(
+                    bases.shape[1:], np.float32
+                )
+                source = place / f"model-{number}"
+                _write(source / "model.safetensors", weights)
+                library.add([source], AddOptions(space_check=False))
+            fragments = library.stats().fragment_count
+        if end == _EARLY:
+            shutil.copytree(path, early)
     # Closing the last connection has folded the write-ahead log into the catalog.
-    connection = sqlite3.connect(place / "library" / CATALOG_NAME)
+    connection = sqlite3.connect(path / CATALOG_NAME)
     connection.execute("VACUUM")
     connection.close()
-    size = os.stat(place / "library" / CATALOG_NAME).st_size
+    size = os.stat(path / CATALOG_NAME).st_size
+    searches = _search([early, path], bases[_MODELS % families], rng, noise)
     return searches[0], searches[1], size / fragments
 
 
@@ -97,26 +106,32 @@ def _write(path: Path, weights: np.ndarray[tuple[int, int], np.dtype[np.float32]
 
 
 def _search(
-    library: Path,
+    libraries: Sequence[Path],
     base: np.ndarray[tuple[int, int], np.dtype[np.float32]],
     rng: np.random.Generator,
     noise: np.float32,
-) -> float:
-    """Seconds to find the candidates of a fragment of one more model."""
-    catalog = Catalog(library)
+) -> list[float]:
+    """Seconds to find the candidates of a fragment of one more model, in each library in turn."""
+    with ExitStack() as stack:
+        catalogs = [stack.enter_context(closing(Catalog(path))) for path in libraries]
+        taken: list[list[float]] = [[] for _ in catalogs]
+        for number in range(_SEARCHES):
+            row = base[number % _TENSORS]
+            moved = row + noise * rng.standard_normal(row.size, np.float32)
+            raw = (moved.view("<u4") >> 16).astype("<u2").tobytes()
+            for catalog, times in zip(catalogs, taken, strict=True):
+                times.append(_search_once(catalog, raw, f"layer.{number % _TENSORS}.weight"))
+    return [statistics.median(times) for times in taken]
+
+
+def _search_once(catalog: Catalog, raw: bytes, name: str) -> float:
     index = SimilarityIndex(CatalogSignatureRows(catalog))
-    taken = []
-    for number in range(_SEARCHES):
-        row = base[number % _TENSORS]
-        moved = row + noise * rng.standard_normal(row.size, np.float32)
-        raw = (moved.view("<u4") >> 16).astype("<u2").tobytes()
-        start = time.perf_counter()
-        signature = index.sign(raw, Dtype.BF16)
-        if signature is None:
-            raise BenchError("a fragment of weights has no signature")
-        keys = [name_key(f"layer.{number % _TENSORS}.weight", 0)]
-        for match in index.query(signature, keys, count=24):
-            closure_of([match.fragment], catalog.bases)
-        taken.append(time.perf_counter() - start)
-    catalog.close()
-    return statistics.median(taken)
+    start = time.perf_counter()
+    signature = index.sign(raw, Dtype.BF16)
+    if signature is None:
+        raise BenchError("a fragment of weights has no signature")
+    closures = Closures(catalog.bases_of)
+    matches = index.query(signature, [name_key(name, 0)], count=24)
+    for match in islice(look_up_ahead(matches, closures), _CANDIDATES):
+        closures.of([match.fragment])
+    return time.perf_counter() - start
