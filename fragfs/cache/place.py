@@ -21,6 +21,7 @@ __all__ = [
     "SHARED_MEMORY",
     "CachePlace",
     "available_memory",
+    "cgroup_room",
     "choose_place",
     "measure_budget",
 ]
@@ -134,10 +135,10 @@ def available_memory() -> int:
                     break
     except (OSError, ValueError):
         pass
-    return min(available, _cgroup_room())
+    return min(available, cgroup_room())
 
 
-def _cgroup_room() -> int:
+def cgroup_room() -> int:
     """What this process's control groups still allow; page cache that can be dropped counts."""
     room = 1 << 62
     try:
