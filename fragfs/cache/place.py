@@ -24,6 +24,7 @@ __all__ = [
     "cgroup_room",
     "choose_place",
     "measure_budget",
+    "user_directory",
 ]
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -167,9 +168,14 @@ def cgroup_room() -> int:
     return room
 
 
+def user_directory(parent: Path) -> Path:
+    """Where the caches of this user are, one directory for each library."""
+    return parent / f"fragfs-{os.geteuid()}"
+
+
 def _make_private(parent: Path, library_uuid: bytes) -> Path:
     """The directory for one user and library, made if it is not there."""
-    user = parent / f"fragfs-{os.geteuid()}"
+    user = user_directory(parent)
     directory = user / library_uuid.hex()
     for path in (user, directory):
         with contextlib.suppress(FileExistsError):
