@@ -38,6 +38,7 @@ from fragfs.mount.table import (
     read_number,
 )
 from fragfs.mount.unmount import detach
+from fragfs.mount.users import find_servers
 
 __all__ = ["Diagnosis", "Repair", "diagnose", "find_entries", "read_system", "repair"]
 
@@ -134,6 +135,7 @@ def _read_mount(entry: MountEntry, answer: MountAnswer) -> MountFacts:
     helpers = status.get("helpers", [])
     # In another process namespace the numbers mean other processes, or none.
     knows_pids = os.path.exists(f"/proc/{status.get('pid')}")
+    servers = find_servers(entry) if answer.state is MountState.HANGS else []
     return MountFacts(
         entry=entry,
         answer=answer,
@@ -141,11 +143,22 @@ def _read_mount(entry: MountEntry, answer: MountAnswer) -> MountFacts:
         max_background=entry.max_background,
         congestion_threshold=read_number(entry.control / "congestion_threshold"),
         waiting=read_number(entry.control / "waiting"),
+        servers=tuple(servers),
+        stopped=tuple(filter(_is_stopped, servers)),
         dead_decoders=tuple(
             pid for pid in helpers if knows_pids and not os.path.exists(f"/proc/{pid}")
         ),
         library_format=read_format_version(Path(library)) if library else None,
     )
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is stopped; source: proc_pid_stat(5)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return stat.rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
 
 
 # --- repairs

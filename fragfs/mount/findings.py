@@ -132,6 +132,8 @@ class MountFacts:
         max_background: Background requests in flight; None if this user may not know.
         congestion_threshold: Background requests at which read-ahead pauses; None likewise.
         waiting: Requests the kernel waits for; None likewise.
+        servers: Of a mount that hangs, the processes that serve it, as far as this user may see.
+        stopped: Those of them that were stopped by a signal.
         dead_decoders: Decoder processes that its counters name and that are no more.
         library_format: Format of its library; None if that cannot be read.
     """
@@ -142,6 +144,8 @@ class MountFacts:
     max_background: int | None
     congestion_threshold: int | None
     waiting: int | None
+    servers: tuple[int, ...]
+    stopped: tuple[int, ...]
     dead_decoders: tuple[int, ...]
     library_format: int | None
 
@@ -289,6 +293,16 @@ def _answers(facts: MountFacts) -> Finding:
         )
     if state is MountState.HANGS:
         waiting = f"; {facts.waiting} requests wait" if facts.waiting is not None else ""
+        servers = ", ".join(map(str, facts.servers))
+        if facts.stopped:
+            return Finding(
+                Level.PROBLEM,
+                "answers",
+                f"no: its process was stopped by a signal (SIGSTOP){waiting}",
+                f"let it go on: kill -CONT {' '.join(map(str, facts.stopped))}",
+            )
+        if servers:
+            waiting = f" (process {servers}){waiting}"
         return Finding(
             Level.PROBLEM,
             "answers",
@@ -401,7 +415,7 @@ def _background(facts: MountFacts, system: SystemFacts) -> Iterator[Finding]:
         )
         yield Finding(Level.OK, "background", f"not known: {why}")
         return
-    text = f"{count} requests in flight, read-ahead pauses at {threshold}"
+    text = f"at most {count} requests in flight, read-ahead pauses at {threshold}"
     if wants_background(facts):
         place = shlex.quote(str(facts.entry.mountpoint))
         yield Finding(
