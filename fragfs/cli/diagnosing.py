@@ -96,12 +96,12 @@ def _show(diagnosis: Diagnosis, *, quiet: bool) -> None:
 
 
 def _show_findings(title: str, diagnosis: Diagnosis, place: Path | None, *, quiet: bool) -> None:
-    from fragfs.mount.findings import Level
+    from fragfs.mount.findings import Severity
 
     findings = [
         finding
         for finding in diagnosis.findings
-        if finding.mountpoint == place and not (quiet and finding.level is Level.OK)
+        if finding.mountpoint == place and not (quiet and finding.severity is Severity.OK)
     ]
     if not findings:
         return
@@ -113,7 +113,7 @@ def _show_findings(title: str, diagnosis: Diagnosis, place: Path | None, *, quie
 def _lines(findings: Sequence[Finding]) -> list[str]:
     rows = []
     for finding in findings:
-        rows.append((finding.level.value, finding.topic, escape(finding.text)))
+        rows.append((finding.severity.value, finding.topic, escape(finding.text)))
         if finding.remedy is not None:
             rows.append(("", "", f"> {escape(finding.remedy)}"))
     return format_table(rows, "lll")
@@ -139,7 +139,7 @@ def _as_json(diagnosis: Diagnosis, repairs: Sequence[Repair]) -> dict[str, objec
         "has_problem": diagnosis.has_problem,
         "findings": [
             {
-                "level": finding.level.value,
+                "severity": finding.severity.value,
                 "topic": finding.topic,
                 "mountpoint": None if finding.mountpoint is None else os.fspath(finding.mountpoint),
                 "text": finding.text,

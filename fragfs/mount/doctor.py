@@ -20,8 +20,8 @@ from fragfs.mount.findings import (
     BACKGROUND_WANTED,
     READ_AHEAD_WANTED_KB,
     Finding,
-    Level,
     MountFacts,
+    Severity,
     SystemFacts,
     examine_mount,
     examine_system,
@@ -64,7 +64,7 @@ class Diagnosis:
     @property
     def has_problem(self) -> bool:
         """Whether anything needs to be done."""
-        return any(finding.level is Level.PROBLEM for finding in self.findings)
+        return any(finding.severity is Severity.PROBLEM for finding in self.findings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ __all__ = [
     "READ_AHEAD_DEFAULT_KB",
     "READ_AHEAD_WANTED_KB",
     "Finding",
-    "Level",
     "MountFacts",
+    "Severity",
     "SystemFacts",
     "examine_mount",
     "examine_system",
@@ -59,7 +59,7 @@ LOADERS = (
 """(loader, what to tell it, remark)."""
 
 
-class Level(enum.Enum):
+class Severity(enum.Enum):
     """How much a finding matters."""
 
     OK = "ok"
@@ -72,14 +72,14 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        level: How much it matters.
+        severity: How much it matters.
         topic: What was looked at, in a word or two.
         text: What there is.
         remedy: What to do about it; None if nothing.
         mountpoint: Of which mount; None of the machine.
     """
 
-    level: Level
+    severity: Severity
     topic: str
     text: str
     remedy: str | None = None
@@ -186,14 +186,14 @@ def examine_system(facts: SystemFacts) -> list[Finding]:
 def _fuse(facts: SystemFacts) -> Iterator[Finding]:
     if not facts.has_device:
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "fuse",
             "there is no /dev/fuse: nothing can be mounted",
             "load the fuse module, or give the container the device",
         )
     if not facts.has_fusermount:
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "fuse",
             "fusermount3 is not installed: mounts cannot be ended, nor made by users",
             "install fuse3",
@@ -202,7 +202,7 @@ def _fuse(facts: SystemFacts) -> Iterator[Finding]:
         limit = ""
         if facts.max_pages is not None:
             limit = f"; requests of at most {facts.max_pages * facts.page_bytes >> 10} KiB"
-        yield Finding(Level.OK, "fuse", f"/dev/fuse and fusermount3 are there{limit}")
+        yield Finding(Severity.OK, "fuse", f"/dev/fuse and fusermount3 are there{limit}")
 
 
 def _timeouts(facts: SystemFacts) -> Iterator[Finding]:
@@ -217,14 +217,14 @@ def _timeouts(facts: SystemFacts) -> Iterator[Finding]:
     if limits:
         seconds, name = min(limits)
         yield Finding(
-            Level.ADVICE if seconds >= 60 else Level.PROBLEM,
+            Severity.ADVICE if seconds >= 60 else Severity.PROBLEM,
             "timeout",
             f"the kernel ends a mount that takes {seconds} s over one request (fs.fuse.{name});"
             " reading from a slow disk, or with all cores busy, may take that long",
             f"as root: sysctl fs.fuse.{name}=0",
         )
     elif facts.default_timeout_s is not None:
-        yield Finding(Level.OK, "timeout", "the kernel sets requests no time limit")
+        yield Finding(Severity.OK, "timeout", "the kernel sets requests no time limit")
 
 
 def _memory(facts: SystemFacts) -> Iterator[Finding]:
@@ -234,13 +234,13 @@ def _memory(facts: SystemFacts) -> Iterator[Finding]:
     text = f"{_size(facts.memory_bytes)} available{group}"
     if facts.memory_bytes < _MEMORY_BYTES_MIN:
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "memory",
             f"{text}: nothing is stored ahead of readers below {_size(_MEMORY_BYTES_MIN)}",
             "end what needs it, or allow the control group more",
         )
     else:
-        yield Finding(Level.OK, "memory", text)
+        yield Finding(Severity.OK, "memory", text)
 
 
 def _abandoned(facts: SystemFacts) -> Iterator[Finding]:
@@ -248,7 +248,7 @@ def _abandoned(facts: SystemFacts) -> Iterator[Finding]:
         size = sum(size for _, size in facts.abandoned)
         names = ", ".join(str(directory) for directory, _ in facts.abandoned)
         yield Finding(
-            Level.ADVICE,
+            Severity.ADVICE,
             "caches",
             f"{_size(size)} of memory are held by fragment caches that nobody uses: {names}",
             "fragfs doctor --fix",
@@ -264,7 +264,9 @@ def examine_mount(facts: MountFacts, system: SystemFacts) -> list[Finding]:
     found = [_answers(facts)]
     warning = name_warning(place)
     if warning is not None:
-        found.append(Finding(Level.ADVICE, "name", warning, "mount it under a name without them"))
+        found.append(
+            Finding(Severity.ADVICE, "name", warning, "mount it under a name without them")
+        )
     if facts.answer.state is MountState.ANSWERS:
         found += _library(facts)
         found += _read_ahead(facts, system)
@@ -276,7 +278,7 @@ def examine_mount(facts: MountFacts, system: SystemFacts) -> list[Finding]:
             found += _decoders(facts, status)
             found += _errors(status)
     return [
-        Finding(finding.level, finding.topic, finding.text, finding.remedy, place)
+        Finding(finding.severity, finding.topic, finding.text, finding.remedy, place)
         for finding in found
     ]
 
@@ -286,7 +288,7 @@ def _answers(facts: MountFacts) -> Finding:
     place = shlex.quote(str(facts.entry.mountpoint))
     if state is MountState.DEAD:
         return Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "answers",
             "no: its process is gone",
             f"fragfs umount {place}, or fragfs doctor --fix {place}",
@@ -296,7 +298,7 @@ def _answers(facts: MountFacts) -> Finding:
         servers = ", ".join(map(str, facts.servers))
         if facts.stopped:
             return Finding(
-                Level.PROBLEM,
+                Severity.PROBLEM,
                 "answers",
                 f"no: its process was stopped by a signal (SIGSTOP){waiting}",
                 f"let it go on: kill -CONT {' '.join(map(str, facts.stopped))}",
@@ -304,7 +306,7 @@ def _answers(facts: MountFacts) -> Finding:
         if servers:
             waiting = f" (process {servers}){waiting}"
         return Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "answers",
             f"no: it hangs{waiting}",
             f"see its log; end it with: fragfs umount --force {place}",
@@ -313,27 +315,27 @@ def _answers(facts: MountFacts) -> Finding:
         owner = _owner(facts.entry)
         if facts.answer.error == errno.EACCES:
             return Finding(
-                Level.ADVICE,
+                Severity.ADVICE,
                 "answers",
                 f"not to this user: user {owner} mounted it for nobody else",
                 f"run this as user {owner}, or mount it with --allow-other",
             )
         return Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "answers",
             f"with an error: {errno.errorcode.get(facts.answer.error, facts.answer.error)}",
             "see its log",
         )
     if status is None:
         return Finding(
-            Level.ADVICE,
+            Severity.ADVICE,
             "answers",
             "yes, but says nothing about itself: another version of fragfs serves it",
             f"mount it again: fragfs umount {place}, then fragfs mount {place}",
         )
     in_flight = status.get("waiting") or 0
     return Finding(
-        Level.OK,
+        Severity.OK,
         "answers",
         f"yes: process {status.get('pid')}, {status.get('reads', 0):,} reads,"
         f" {_size(status.get('bytes_returned', 0))}"
@@ -353,16 +355,16 @@ def _library(facts: MountFacts) -> Iterator[Finding]:
     version = facts.library_format
     if version is None:
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "library",
             f"{path}: its catalog cannot be read",
             "see whether the disk is there, and the library was not moved",
         )
     elif version == LIBRARY_FORMAT_VERSION:
-        yield Finding(Level.OK, "library", f"{path} (format {version})")
+        yield Finding(Severity.OK, "library", f"{path} (format {version})")
     elif version < LIBRARY_FORMAT_VERSION:
         yield Finding(
-            Level.ADVICE,
+            Severity.ADVICE,
             "library",
             f"{path} has format {version}; this fragfs writes format {LIBRARY_FORMAT_VERSION}",
             "it is brought up to date when somebody who may write to it opens it; then run:"
@@ -370,7 +372,7 @@ def _library(facts: MountFacts) -> Iterator[Finding]:
         )
     else:
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "library",
             f"{path} has format {version}, newer than this fragfs",
             "use the newer fragfs",
@@ -380,12 +382,12 @@ def _library(facts: MountFacts) -> Iterator[Finding]:
 def _read_ahead(facts: MountFacts, system: SystemFacts) -> Iterator[Finding]:
     kb = facts.read_ahead_kb
     if kb is None:
-        yield Finding(Level.OK, "read-ahead", "not known: /sys does not tell")
+        yield Finding(Severity.OK, "read-ahead", "not known: /sys does not tell")
         return
     largest_kb = (system.max_pages or 256) * system.page_bytes >> 10
     text = f"{kb} KiB; requests of up to {min(kb, largest_kb)} KiB"
     if not wants_read_ahead(facts):
-        yield Finding(Level.OK, "read-ahead", text)
+        yield Finding(Severity.OK, "read-ahead", text)
         return
     place = shlex.quote(str(facts.entry.mountpoint))
     default = ", the kernel's default" if kb == READ_AHEAD_DEFAULT_KB else ""
@@ -397,7 +399,7 @@ def _read_ahead(facts: MountFacts, system: SystemFacts) -> Iterator[Finding]:
             f" /sys/class/bdi/{facts.entry.device}/read_ahead_kb"
         )
     yield Finding(
-        Level.ADVICE,
+        Severity.ADVICE,
         "read-ahead",
         f"{kb} KiB{default}: programs that read() get requests of that size;"
         f" {READ_AHEAD_WANTED_KB} KiB make fewer of them",
@@ -413,19 +415,19 @@ def _background(facts: MountFacts, system: SystemFacts) -> Iterator[Finding]:
             if system.has_control
             else "/sys/fs/fuse/connections is not mounted"
         )
-        yield Finding(Level.OK, "background", f"not known: {why}")
+        yield Finding(Severity.OK, "background", f"not known: {why}")
         return
     text = f"at most {count} requests in flight, read-ahead pauses at {threshold}"
     if wants_background(facts):
         place = shlex.quote(str(facts.entry.mountpoint))
         yield Finding(
-            Level.ADVICE,
+            Severity.ADVICE,
             "background",
             f"{text}: few for several readers at once",
             f"as root: fragfs doctor --fix {place}",
         )
     else:
-        yield Finding(Level.OK, "background", text)
+        yield Finding(Severity.OK, "background", text)
 
 
 def _cache(facts: MountFacts, status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
@@ -437,14 +439,14 @@ def _cache(facts: MountFacts, status: dict[str, Any], system: SystemFacts) -> It
     if cache is None:
         if asked.get("cache_bytes_max") == 0:
             yield Finding(
-                Level.ADVICE,
+                Severity.ADVICE,
                 "cache",
                 "none, as --cache 0 says: what does not fit 96 MiB is decoded again",
                 "mount without --cache 0",
             )
         else:
             yield Finding(
-                Level.ADVICE,
+                Severity.ADVICE,
                 "cache",
                 f"none: no room, or its directory is not safe to use; the log says which{shared}",
                 "give the container more shared memory, or name a place with --cache-dir",
@@ -459,7 +461,7 @@ def _cache(facts: MountFacts, status: dict[str, Any], system: SystemFacts) -> It
     )
     if cache["damaged"]:
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "cache",
             f"{cache['damaged']} files of it had changed, and were decoded again: bad memory, a"
             " bad disk, or somebody writes there",
@@ -467,7 +469,7 @@ def _cache(facts: MountFacts, status: dict[str, Any], system: SystemFacts) -> It
         )
     if not cache["in_memory"] and asked.get("cache_directory") is None:
         yield Finding(
-            Level.ADVICE,
+            Severity.ADVICE,
             "cache",
             f"on disk, for shared memory is too small{shared}: {text}",
             "give the container more shared memory (docker run --shm-size), or name a fast"
@@ -475,21 +477,21 @@ def _cache(facts: MountFacts, status: dict[str, Any], system: SystemFacts) -> It
         )
     elif cache["bytes_max"] < _CACHE_BYTES_SMALL and asked.get("cache_bytes_max") is None:
         yield Finding(
-            Level.ADVICE,
+            Severity.ADVICE,
             "cache",
             f"small, for want of room{shared}: {text}",
             "name a size with --cache, or another place with --cache-dir",
         )
     else:
         kind = "in memory" if cache["in_memory"] else "on disk, as --cache-dir says"
-        yield Finding(Level.OK, "cache", f"{kind}: {text}")
+        yield Finding(Severity.OK, "cache", f"{kind}: {text}")
 
 
 def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
     prefill = status.get("prefill")
     if prefill is None:
         why = "as --no-prefill says" if status.get("cache") else "for want of a fragment cache"
-        yield Finding(Level.OK, "prefill", f"off, {why}")
+        yield Finding(Severity.OK, "prefill", f"off, {why}")
     elif prefill.get("pid") is None:
         how = (
             "mount it as root"
@@ -497,7 +499,7 @@ def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
             else "as root: mount -t fusectl fusectl /sys/fs/fuse/connections; then mount it again"
         )
         yield Finding(
-            Level.ADVICE,
+            Severity.ADVICE,
             "prefill",
             "decodes ahead of readers, but stores no pages: this user may not abort the"
             " connection, and a crash could leave readers waiting",
@@ -505,7 +507,7 @@ def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
         )
     elif not prefill.get("alive", True):
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "prefill",
             "off: the process that stores pages has ended",
             "see the log; mount it again",
@@ -513,7 +515,7 @@ def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
     else:
         failed = prefill.get("failed_stores", 0)
         yield Finding(
-            Level.OK,
+            Severity.OK,
             "prefill",
             f"on: {_size(prefill.get('pushed_bytes', 0))} stored ahead of readers"
             + (f", {failed:,} refused" if failed else ""),
@@ -522,20 +524,20 @@ def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
 
 def _decoders(facts: MountFacts, status: dict[str, Any]) -> Iterator[Finding]:
     if status.get("cache") is None:
-        yield Finding(Level.OK, "decoders", "threads of the process itself: there is no cache")
+        yield Finding(Severity.OK, "decoders", "threads of the process itself: there is no cache")
         return
     alive = [pid for pid in status.get("helpers", []) if pid not in facts.dead_decoders]
     if alive:
         counts = f"{len(alive)} processes" if len(alive) > 1 else "1 process"
         yield Finding(
-            Level.OK,
+            Severity.OK,
             "decoders",
             f"{counts}; {status.get('decodes', 0):,} fragments decoded,"
             f" {_size(status.get('bytes_decoded', 0))}",
         )
     else:
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "decoders",
             "none lives: they keep ending, and the mount decodes in its own process, slowly",
             "see the log; mount it again",
@@ -545,7 +547,7 @@ def _decoders(facts: MountFacts, status: dict[str, Any]) -> Iterator[Finding]:
 def _errors(status: dict[str, Any]) -> Iterator[Finding]:
     for fault in status.get("last_errors", []):
         yield Finding(
-            Level.PROBLEM,
+            Severity.PROBLEM,
             "error",
             f"{fault.get('what')}: {fault.get('error')}",
             "find what is damaged with: fragfs verify; adding the same model again repairs it",
