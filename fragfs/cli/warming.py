@@ -58,14 +58,15 @@ def warm_command(
     evict: bool,
     as_json: bool,
 ) -> int:
-    """Read models into memory, so that loading them is as fast as memory is.
+    """Read models into memory before they are needed.
 
     Reads the files through the mount of the library: decoded pieces come into the fragment cache,
-    files into the kernel's page cache. FILE may also be a folder. Stops before the rest of the
-    machine would be pushed out of memory.
+    files into the kernel's page cache, from where any program then reads them at the speed of
+    memory. FILE may also be a folder. Stops before others would be pushed out of memory, says what
+    is left out, and exits with 1.
 
     --check prints the share of each file that is in memory, and exits with 1 unless all of it is.
-    --evict drops what no process has mapped.
+    --evict drops the pages that no process has mapped; decoded pieces stay.
     """
     if check and evict:
         raise UsageError("--check and --evict exclude each other", remedy="give one of them")
@@ -80,8 +81,8 @@ def warm_command(
         files = _find_files(where, names)
         if check or evict:
             shares = (check_files if check else drop_files)(files)
-            complete &= check is False or all(share.is_complete for share in shares)
-            complete &= all(share.error is None for share in shares)
+            wanted = [share.is_complete if check else share.error is None for share in shares]
+            complete &= all(wanted)
             found.append(_shares_as_json(where, shares))
             if not (as_json or (evict and session.quiet)):
                 _show_shares(where, shares, several=len(mounts) > 1)

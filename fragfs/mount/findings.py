@@ -401,8 +401,8 @@ def _read_ahead(facts: MountFacts, system: SystemFacts) -> Iterator[Finding]:
     yield Finding(
         Severity.ADVICE,
         "read-ahead",
-        f"{kb} KiB{default}: programs that read() get requests of that size;"
-        f" {READ_AHEAD_WANTED_KB} KiB make fewer of them",
+        f"{kb} KiB{default}: programs that read() send requests of that size;"
+        f" {READ_AHEAD_WANTED_KB} KiB means fewer",
         remedy,
     )
 
