@@ -38,6 +38,7 @@ _READ_BYTES = 1 << 20
 _PART_BYTES = 256 << 20
 _MEASURED_EVERY_BYTES = 64 << 20
 _POLL_S = 0.2
+_PLENTY = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +190,27 @@ def warm_files(
         )
     progress.start("warming", report.total_bytes)
     work = _Work(parts, _Budget(memory, resident))
+
+    def advance(file: WarmFile, size: int) -> None:
+        progress.note(os.fsdecode(file.name))
+        progress.advance(size)
+        report.read_bytes += size
+
+    _run(work, min(threads, len(parts)), advance)
+    report.failed = list(work.failed.values())
+    if work.is_short:
+        unread = sum(file.size for file, _ in report.failed)
+        report.left_out_bytes = max(0, report.total_bytes - report.read_bytes - unread)
+    else:
+        _read_holes([part for part in parts if part.file.inode not in work.failed], threads)
+    return report
+
+
+def _run(work: _Work, threads: int, advance: Callable[[WarmFile, int], None]) -> None:
+    """Have parts read by threads, and say how far they are from this one."""
     workers = [
         threading.Thread(target=work.run, name=f"warm-{number}", daemon=True)
-        for number in range(min(threads, len(parts)))
+        for number in range(threads)
     ]
     for worker in workers:
         worker.start()
@@ -201,16 +220,28 @@ def warm_files(
                 file, size = work.done.get(timeout=_POLL_S)
             except queue.Empty:
                 continue
-            progress.note(os.fsdecode(file.name))
-            progress.advance(size)
-            report.read_bytes += size
+            advance(file, size)
     finally:
         work.stop.set()
-    report.failed = list(work.failed.values())
-    if work.is_short:
-        unread = sum(file.size for file, _ in report.failed)
-        report.left_out_bytes = max(0, report.total_bytes - report.read_bytes - unread)
-    return report
+
+
+def _read_holes(parts: Sequence[_Part], threads: int) -> None:
+    """Read again what is not in memory although it was read: here and there a page is not.
+
+    Seen after cold reads with prefill: up to 0.4 % of the pages, with no reclaim counted (Linux
+    6.18, 2026-11). What is in memory costs a copy.
+    """
+    files = {part.file.inode: part.file for part in parts}
+    shares = check_files(list(files.values()))
+    holed = {
+        share.file.inode
+        for share in shares
+        if share.residency is not None
+        and share.residency.resident is not None
+        and not share.is_complete
+    }
+    again = [part for part in parts if part.file.inode in holed]
+    _run(_Work(again, _Budget(lambda: _PLENTY, 0)), min(threads, len(again)), lambda *_: None)
 
 
 def _resident_bytes(file: WarmFile) -> int:

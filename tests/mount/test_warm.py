@@ -5,8 +5,10 @@ import os
 import pytest
 
 from fragfs.mount import warm
+from fragfs.mount.residency import Residency
 from fragfs.mount.warm import (
     MEMORY_KEPT_BYTES,
+    FileResidency,
     check_files,
     drop_files,
     find_files,
@@ -109,3 +111,24 @@ def test_what_is_not_in_memory_is_needed(tmp_path):
 def test_nothing_to_read():
     report = warm_files([])
     assert (report.file_count, report.read_bytes) == (0, 0)
+
+
+def test_pages_that_are_missing_afterwards_are_read_again(files, monkeypatch):
+    read = []
+    real = warm._Work._read
+
+    def recording(self, part, buffer):
+        read.append(part.file.name)
+        real(self, part, buffer)
+
+    monkeypatch.setattr(warm._Work, "_read", recording)
+    monkeypatch.setattr(
+        warm,
+        "check_files",
+        lambda found: [
+            FileResidency(file, Residency(2, 1 if file.name == b"m/b" else 2)) for file in found
+        ],
+    )
+    report = warm_files(files)
+    assert sorted(read) == [b"m/b", b"m/b", b"m/c", b"m/same"]
+    assert report.read_bytes == 3 * SIZE
