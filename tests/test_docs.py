@@ -13,6 +13,7 @@ import pytest
 
 import fragfs
 from fragfs.cli.main import COMMANDS, cli
+from fragfs.mount.findings import LOADERS
 from fragfs.types import Level, LibraryConfig
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,7 @@ FOREIGN_OPTIONS = {
     "--safetensors-load-strategy",
     "--weight-loader-prefetch-checkpoints",
     "--weight-loader-disable-mmap",
+    "--only-values",  # of getfattr
 }
 
 
@@ -89,6 +91,15 @@ def test_the_json_commands_are_those_the_readme_names():
     sentence = re.search(r"Scripts: (.*?) have `--json`", README, re.DOTALL).group(1)
     named = set(re.findall(r"`([a-z]+)`", sentence))
     assert named == {name for name in COMMANDS if "--json" in command_options(name)}
+
+
+def test_the_advice_for_loaders_is_that_of_doctor():
+    advice = re.search(r"^## Advice for loaders\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    for loader, setting, _ in LOADERS:
+        if loader == "any":
+            continue
+        assert loader in advice.group(1)
+        assert "=" not in setting or f"`{setting}`" in advice.group(1)
 
 
 def test_the_changelog_has_the_current_version():

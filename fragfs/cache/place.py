@@ -21,8 +21,10 @@ __all__ = [
     "SHARED_MEMORY",
     "CachePlace",
     "available_memory",
+    "cgroup_room",
     "choose_place",
     "measure_budget",
+    "user_directory",
 ]
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -134,10 +136,10 @@ def available_memory() -> int:
                     break
     except (OSError, ValueError):
         pass
-    return min(available, _cgroup_room())
+    return min(available, cgroup_room())
 
 
-def _cgroup_room() -> int:
+def cgroup_room() -> int:
     """What this process's control groups still allow; page cache that can be dropped counts."""
     room = 1 << 62
     try:
@@ -166,9 +168,14 @@ def _cgroup_room() -> int:
     return room
 
 
+def user_directory(parent: Path) -> Path:
+    """Where the caches of this user are, one directory for each library."""
+    return parent / f"fragfs-{os.geteuid()}"
+
+
 def _make_private(parent: Path, library_uuid: bytes) -> Path:
     """The directory for one user and library, made if it is not there."""
-    user = parent / f"fragfs-{os.geteuid()}"
+    user = user_directory(parent)
     directory = user / library_uuid.hex()
     for path in (user, directory):
         with contextlib.suppress(FileExistsError):

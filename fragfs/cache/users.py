@@ -13,7 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
-__all__ = ["USERS_NAME", "begin_use", "end_use", "remove_abandoned"]
+__all__ = ["USERS_NAME", "begin_use", "end_use", "find_abandoned", "remove_abandoned"]
 
 USERS_NAME = ".users"
 _NEW_S = 60.0
@@ -56,11 +56,36 @@ def end_use(descriptor: int, directory: Path, *, remove: bool) -> None:
         os.close(descriptor)
 
 
-def remove_abandoned(parent: Path, keep: Path) -> None:
+def find_abandoned(parent: Path) -> list[tuple[Path, int]]:
+    """The directories below one user's directory that nobody uses any more, and their bytes."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                directory = Path(entry.path)
+                if _is_abandoned(directory):
+                    with os.scandir(directory) as files:
+                        size = sum(file.stat(follow_symlinks=False).st_size for file in files)
+                    found.append((directory, size))
+    return found
+
+
+def _is_abandoned(directory: Path) -> bool:
+    try:
+        descriptor = os.open(directory / USERS_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return time.time() - directory.lstat().st_mtime > _NEW_S
+    try:
+        return _is_alone(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(parent: Path, keep: Path | None = None) -> None:
     """Remove the directories below one user's directory that nobody uses any more, but for one."""
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
-            if entry.name == keep.name:
+            if keep is not None and entry.name == keep.name:
                 continue
             with contextlib.suppress(OSError):
                 _remove_if_abandoned(Path(entry.path))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,10 +23,14 @@ from fragfs.cli.tables import (
 from fragfs.cli.terminal import emit_json, json_name, say, show_name
 from fragfs.types import LIBRARY_FORMAT_VERSION, FileEntry, LibraryStats, ModelInfo
 
+if TYPE_CHECKING:
+    from fragfs.mount.live import LiveMount
+
 __all__ = ["ls_command", "stats_command"]
 
 _LISTED_MAX = 8
 _NO_MODEL = "(no model any more)"
+_ANSWER_S = 1.0
 
 
 @click.command(
@@ -146,24 +152,59 @@ def stats_command(session: Session, model: str | None, as_json: bool) -> None:
     what is left once every distinct piece counts once; "stored" is what those pieces take in the
     packs. "Predicted" says how much is stored as differences to pieces of which models; what
     is predicted from several counts for each. 'fragfs explain' tells more of a model.
+
+    Of the whole library, also what its mounts keep decoded: of what they looked for, how much was
+    there, and how much had to leave. A mount that does not answer within a second is passed over.
     """
     name = os.fsencode(model).rstrip(b"/") if model else None
     with session.open_library() as library:
         stats = library.stats(name)
         path = str(library.path)
+        mounts = _live_mounts(library.path) if name is None else []
     if as_json:
         about = {"library": path, "model": json_name(name) if name is not None else None}
-        emit_json(about | dataclasses.asdict(stats))
+        shown = {"mounts": [_mount_as_json(mount) for mount in mounts]}
+        emit_json(about | dataclasses.asdict(stats) | shown)
         return
     if name is None:
         say(f"library    {show_name(os.fsencode(path))} (format {LIBRARY_FORMAT_VERSION})")
     else:
         say(f"model      {show_name(name)}")
-    for line in _stats_lines(stats, whole_library=name is None):
+    for line in _stats_lines(stats, mounts, whole_library=name is None):
         say(line)
 
 
-def _stats_lines(stats: LibraryStats, *, whole_library: bool) -> list[str]:
+def _live_mounts(library: Path) -> list[LiveMount]:
+    from fragfs.mount.live import live_mounts
+
+    return live_mounts(library, _ANSWER_S)
+
+
+def _mount_as_json(mount: LiveMount) -> dict[str, object]:
+    kept = ("pid", "reads", "bytes_returned", "decodes", "bytes_decoded", "cache", "prefill")
+    return {
+        "mountpoint": os.fspath(mount.entry.mountpoint),
+        **{key: mount.status.get(key) for key in kept},
+    }
+
+
+def _cache_row(mount: LiveMount) -> tuple[str, str, str]:
+    where = show_name(os.fsencode(mount.entry.mountpoint))
+    cache = mount.status.get("cache")
+    if cache is None:
+        return "cached", "-", f"the mount on {where} has no fragment cache"
+    found = format_share(cache["hits"], cache["hits"] + cache["misses"])
+    kind = "in memory" if cache["in_memory"] else "on disk"
+    return (
+        "cached",
+        format_bytes(cache["bytes_held"]),
+        f"decoded, {kind}, for {where}; {found} found, {cache['evictions']:,} evicted",
+    )
+
+
+def _stats_lines(
+    stats: LibraryStats, mounts: Sequence[LiveMount], *, whole_library: bool
+) -> list[str]:
     models = f"{format_count(stats.model_count, 'model')}, " if whole_library else ""
     rows = [
         ("holds", f"{models}{format_count(stats.file_count, 'file')}", ""),
@@ -213,4 +254,5 @@ def _stats_lines(stats: LibraryStats, *, whole_library: bool) -> list[str]:
                     "needed by no model any more; free them with: fragfs optimize",
                 )
             )
+    rows += map(_cache_row, mounts)
     return format_table(rows, "lll")

@@ -36,6 +36,8 @@ COMMANDS = {
     "explain": "fragfs.cli.explaining",
     "mount": "fragfs.cli.serving",
     "umount": "fragfs.cli.serving",
+    "warm": "fragfs.cli.warming",
+    "doctor": "fragfs.cli.diagnosing",
     "export": "fragfs.cli.checking",
     "verify": "fragfs.cli.checking",
     "rm": "fragfs.cli.changing",

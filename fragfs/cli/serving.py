@@ -12,8 +12,15 @@ import click
 
 from fragfs.cli.environment import default_cache, default_log_file
 from fragfs.cli.mount_options import FstabOptions, parse_fstab_options, parse_number
-from fragfs.cli.options import Session, example, parse_size, pass_session, shared_options
-from fragfs.cli.terminal import escape, remark, say, show_name
+from fragfs.cli.options import (
+    Session,
+    example,
+    json_option,
+    parse_size,
+    pass_session,
+    shared_options,
+)
+from fragfs.cli.terminal import emit_json, escape, remark, say, show_name
 from fragfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["mount_command", "start_mount", "umount_command"]
 
 _GRACE_S = 30.0
+_READ_AHEAD_DEFAULT_KB = 128
 
 # Paths are `Path`, never `click.Path`: that one asks the file system about them, and a mount point
 # whose daemon hangs would hang the command that is to end it.
@@ -84,6 +92,7 @@ _GRACE_S = 30.0
     metavar="SECONDS",
     help="How long open files may be read on after SIGTERM.",
 )
+@json_option
 @shared_options()
 @pass_session
 def mount_command(
@@ -102,6 +111,7 @@ def mount_command(
     read_ahead_kb: int | None,
     log_file: Path | None,
     grace_s: float,
+    as_json: bool,
 ) -> int:
     """Show the models as ordinary files under a mount point.
 
@@ -137,10 +147,15 @@ def mount_command(
         grace_s=grace_s,
     )
     if foreground:
+        if as_json:
+            raise UsageError(
+                "--json says how a mount in the background began",
+                remedy="leave out --foreground or --json",
+            )
         from fragfs.mount.launch import serve
 
         return serve(options)
-    start_mount(options, quiet=session.quiet)
+    start_mount(options, quiet=session.quiet, as_json=as_json)
     return 0
 
 
@@ -152,12 +167,13 @@ def _number(name: str, text: str | None, words: FstabOptions) -> int | None:
     return value
 
 
-def start_mount(options: MountOptions, *, quiet: bool) -> None:
+def start_mount(options: MountOptions, *, quiet: bool, as_json: bool = False) -> None:
     """Mount in the background and say so.
 
     Args:
         options: What to mount; without a log file, one is chosen if there is no system log.
         quiet: Only print warnings.
+        as_json: Print what a script wants to know instead.
     """
     from fragfs.mount.launch import mount
 
@@ -169,12 +185,24 @@ def start_mount(options: MountOptions, *, quiet: bool) -> None:
     report = mount(options)
     for text in report.warnings:
         remark(f"fragfs: warning: {text}")
-    if not quiet:
-        where = os.fsencode(report.mountpoint)
-        say(
-            f"mounted on {show_name(where)};"
-            f" end it with: fragfs umount {shlex.quote(show_name(where))}"
+    if as_json:
+        cache = report.cache_directory
+        emit_json(
+            {
+                "pid": report.pid,
+                "mountpoint": os.fspath(report.mountpoint),
+                "read_ahead_kb": report.read_ahead_kb,
+                "max_background": report.max_background,
+                "cache_directory": None if cache is None else os.fspath(cache),
+                "warnings": list(report.warnings),
+            }
         )
+    elif not quiet:
+        shown = show_name(os.fsencode(report.mountpoint))
+        typed = shlex.quote(shown)
+        say(f"mounted on {shown}; end it with: fragfs umount {typed}")
+        if report.read_ahead_kb == _READ_AHEAD_DEFAULT_KB and options.read_ahead_kb is None:
+            say(f"  read-ahead is the kernel's default; see: fragfs doctor {typed}")
 
 
 @click.command(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -37,6 +39,8 @@ _ERRNO_BY_ERROR: dict[type, int] = {
 }
 
 _FAULTS_MAX = 4096
+_RECENT_MAX = 5
+_RECENT_LENGTH_MAX = 500
 
 Handlers = TypeVar("Handlers", bound="_Reporting")
 Arguments = ParamSpec("Arguments")
@@ -60,6 +64,7 @@ class FaultLog:
 
     def __init__(self) -> None:
         self._seen: set[tuple[str | None, str]] = set()
+        self._recent: deque[dict[str, object]] = deque(maxlen=_RECENT_MAX)
 
     def report(
         self, error: Exception, what: str, models: Callable[[], list[bytes]] | None = None
@@ -74,12 +79,24 @@ class FaultLog:
         """
         if not self._is_new(error):
             return
+        text = str(error) if isinstance(error, FragmentError) else repr(error)
+        self._recent.append(
+            {
+                "at_s": int(time.time()),
+                "what": what[:_RECENT_LENGTH_MAX],
+                "error": text[:_RECENT_LENGTH_MAX],
+            }
+        )
         if not isinstance(error, FragmentError):
             log.error("%s failed unexpectedly; the caller got EIO", what, exc_info=error)
         elif models is None:
             log.error("%s failed: %s", what, error)
         else:
             log.error("I/O error reading %s (models: %s): %s", what, _names(models), error)
+
+    def recent(self) -> list[dict[str, object]]:
+        """The last few faults, the newest at the end: when first met, reading what, and what."""
+        return list(self._recent)
 
     def _is_new(self, error: Exception) -> bool:
         key = (getattr(error, "fragment", None), f"{type(error).__name__}: {error}")

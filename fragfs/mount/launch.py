@@ -24,8 +24,8 @@ from typing import IO, Any
 import fragfs.errors
 from fragfs.errors import FragmentError, NotFoundError, StorageError, UsageError
 from fragfs.mount.options import MountOptions
-from fragfs.mount.probe import MountState, probe_mount
-from fragfs.mount.table import canonical_mountpoint, find_mount
+from fragfs.mount.probe import MountAnswer, MountState, ask_mount, probe_mount
+from fragfs.mount.table import canonical_mountpoint, find_mount, name_warning
 from fragfs.mount.unmount import detach
 
 __all__ = ["MountReport", "mount", "serve"]
@@ -45,6 +45,7 @@ class MountReport:
         mountpoint: As the mount table spells it.
         read_ahead_kb: How far the kernel reads ahead on it; None if it does not say.
         max_background: Background requests the kernel keeps in flight; None if not readable.
+        cache_directory: Where its shared fragment cache is; None if it has none.
         warnings: What the user should know, as sentences.
     """
 
@@ -52,6 +53,7 @@ class MountReport:
     mountpoint: Path
     read_ahead_kb: int | None
     max_background: int | None
+    cache_directory: Path | None
     warnings: tuple[str, ...]
 
 
@@ -79,7 +81,7 @@ def mount(options: MountOptions, *, timeout_s: float = 30.0) -> MountReport:
             try:
                 pid = messages.next(deadline)["pid"]
                 messages.next(deadline)
-                _wait_answering(options.mountpoint, deadline)
+                answer = _wait_answering(options.mountpoint, deadline)
             except _Silent:
                 _clean_up(pid, options.mountpoint)
                 raise _failure(
@@ -93,6 +95,7 @@ def mount(options: MountOptions, *, timeout_s: float = 30.0) -> MountReport:
         mountpoint=options.mountpoint,
         read_ahead_kb=entry.read_ahead_kb if entry else None,
         max_background=entry.max_background if entry else None,
+        cache_directory=_cache_directory(answer),
         warnings=warnings,
     )
 
@@ -139,7 +142,8 @@ def _prepare(options: MountOptions) -> tuple[MountOptions, tuple[str, ...]]:
             )
     log_file = options.log_file and Path(os.path.abspath(options.log_file))
     prepared = dataclasses.replace(options, library=library, mountpoint=place, log_file=log_file)
-    return prepared, _warnings(place)
+    warning = name_warning(place)
+    return prepared, () if warning is None else (warning,)
 
 
 def _clear_dead(place: Path) -> None:
@@ -182,15 +186,6 @@ def _check_place(place: Path, *, nonempty: bool) -> None:
             path=os.fspath(place),
             remedy="mount on an empty directory, or allow it with -o nonempty",
         )
-
-
-def _warnings(place: Path) -> tuple[str, ...]:
-    if any(character in os.fspath(place) for character in " \t\n\\"):
-        return (
-            f"{place} has spaces or backslashes in its name: vLLM and transformers do not find"
-            " such mount points in the mount table",
-        )
-    return ()
 
 
 # --- the daemon
@@ -258,9 +253,16 @@ def _start(options: MountOptions, said: IO[bytes]) -> _Messages:
     return _Messages(reading)
 
 
-def _wait_answering(place: Path, deadline: float) -> None:
-    if probe_mount(place, max(0.1, deadline - time.monotonic())) is not MountState.ANSWERS:
+def _wait_answering(place: Path, deadline: float) -> MountAnswer:
+    answer = ask_mount(place, max(0.1, deadline - time.monotonic()))
+    if answer.state is not MountState.ANSWERS:
         raise _Silent
+    return answer
+
+
+def _cache_directory(answer: MountAnswer) -> Path | None:
+    cache = answer.status.get("cache") if answer.status else None
+    return Path(cache["directory"]) if cache else None
 
 
 def _clean_up(pid: int | None, place: Path) -> None:

@@ -229,7 +229,7 @@ class MountOperations(pyfuse3.Operations):
     async def getxattr(self, number: int, name: bytes, ctx: RequestContext) -> bytes:
         """`user.fragfs.*` of files; every other name is one that is not there."""
         if number == ROOT_INODE and name == XATTR_STATUS:
-            return json.dumps(self._reading.status()).encode()
+            return json.dumps(self._status()).encode()
         node = self._inode(number).node
         if name not in _XATTRS or not isinstance(node, File):
             raise FUSEError(pyfuse3.ENOATTR)
@@ -246,6 +246,9 @@ class MountOperations(pyfuse3.Operations):
         return _XATTRS if isinstance(self._inode(number).node, File) else ()
 
     # --- helpers
+
+    def _status(self) -> dict[str, object]:
+        return self._reading.status() | {"last_errors": self.faults.recent()}
 
     def _inode(self, number: int) -> Inode:
         inode = self._inodes.get(number)

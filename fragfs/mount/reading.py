@@ -119,6 +119,7 @@ class MountReading:
             "decodes": fetched.decodes,
             "bytes_decoded": fetched.decoded_bytes,
             "waiting": fetched.flights,
+            "options": self._asked(),
             "cache": None,
             "prefill": None,
         }
@@ -139,12 +140,23 @@ class MountReading:
             prefilled = self._prefill.statistics()
             status["prefill"] = {
                 "pid": self._pusher.pid if self._pusher is not None else None,
+                "alive": self._pusher is not None and self._pusher.is_alive,
                 "windows": prefilled.windows,
                 "pushed_bytes": prefilled.pushed_bytes,
                 "failed_stores": prefilled.failed_stores,
                 "push_s": prefilled.push_ns / 1e9,
             }
         return status
+
+    def _asked(self) -> dict[str, object]:
+        """What the user asked for that explains what there is."""
+        directory = self._options.cache_directory
+        return {
+            "cache_bytes_max": self._options.cache_bytes_max,
+            "cache_directory": None if directory is None else os.fspath(directory),
+            "prefill": self._options.prefill,
+            "read_ahead_kb": self._options.read_ahead_kb,
+        }
 
 
 def _choose_place(options: MountOptions, uuid: bytes) -> CachePlace | None:

@@ -19,8 +19,10 @@ __all__ = [
     "MountEntry",
     "canonical_mountpoint",
     "find_mount",
+    "name_warning",
     "parse_mountinfo",
     "read_mount_table",
+    "read_number",
 ]
 
 SOURCE_NAME = "fragfs"
@@ -64,12 +66,17 @@ class MountEntry:
     @property
     def read_ahead_kb(self) -> int | None:
         """How far the kernel reads ahead here; None if it does not say."""
-        return _read_number(Path(f"/sys/class/bdi/{self.device}/read_ahead_kb"))
+        return read_number(Path(f"/sys/class/bdi/{self.device}/read_ahead_kb"))
+
+    @property
+    def control(self) -> Path:
+        """Its directory in the control file system, which is not mounted in most containers."""
+        return Path(f"/sys/fs/fuse/connections/{self.minor}")
 
     @property
     def max_background(self) -> int | None:
         """Background requests the kernel keeps in flight; None where only root may know."""
-        return _read_number(Path(f"/sys/fs/fuse/connections/{self.minor}/max_background"))
+        return read_number(self.control / "max_background")
 
 
 def parse_mountinfo(data: bytes) -> list[MountEntry]:
@@ -125,11 +132,22 @@ def find_mount(mountpoint: Path) -> MountEntry | None:
     return found
 
 
+def name_warning(mountpoint: Path) -> str | None:
+    """What is wrong with the name of a mount point; None if nothing is."""
+    if any(character in os.fspath(mountpoint) for character in " \t\n\\"):
+        return (
+            f"{mountpoint} has spaces or backslashes in its name: vLLM and transformers do not find"
+            " such mount points in the mount table"
+        )
+    return None
+
+
 def _unescape(field: bytes) -> bytes:
     return _ESCAPE.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field)
 
 
-def _read_number(path: Path) -> int | None:
+def read_number(path: Path) -> int | None:
+    """The number in a file of the kernel's; None if it is not there or not for this user."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

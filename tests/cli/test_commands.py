@@ -19,7 +19,7 @@ ADD_KEYS = set(
 STATS_KEYS = set(
     "library model model_count file_count logical_bytes unique_bytes stored_bytes exclusive_bytes"
     " shared_bytes base_bytes fragment_count shared_fragment_count unreferenced_bytes disk_bytes"
-    " saved_bytes predicted_bytes".split()
+    " saved_bytes predicted_bytes mounts".split()
 )
 
 

@@ -122,7 +122,9 @@ def test_the_library_may_be_named_before_or_after_the_command(run, tmp_path, mon
     assert run("--library", tmp_path / "none", "ls").status == 1
 
 
-@pytest.mark.parametrize("command", [["ls"], ["stats"], ["rm", "x"], ["mv", "x", "y"], ["verify"]])
+@pytest.mark.parametrize(
+    "command", [["ls"], ["stats"], ["warm", "x"], ["rm", "x"], ["mv", "x", "y"], ["verify"]]
+)
 def test_a_missing_library_is_named_with_the_remedy(run, tmp_path, command):
     result = run("--library", tmp_path / "none", *command)
     assert result.status == 1
@@ -155,6 +157,7 @@ def test_light_commands_load_nothing_heavy(fragfs, make_model):
         (HEAVY, "init", f"{fragfs.library}-2"),
         (HEAVY, "--help"),
         (HEAVY - {"numpy"}, "stats"),  # counting columns of fragments
+        (HEAVY, "warm", "--help"),
         (HEAVY - {"numpy"}, "rm", "two"),
     ):
         arguments = [" ".join(unwanted), "--library", str(fragfs.library), *command]

@@ -12,6 +12,7 @@ import pytest
 
 from fragfs.cli import mount_helper
 from fragfs.cli.environment import default_log_file
+from fragfs.mount.table import find_mount
 
 needs_fuse = [
     pytest.mark.mount,
@@ -59,6 +60,7 @@ def helper(capfdbinary):
         (["-o", "ro,frobnicate"], "unknown mount option 'frobnicate'"),
         (["--uid", "nobody"], "uid=nobody is not the number"),
         (["--umask", "999"], "umask=999 is not an octal number"),
+        (["--json", "-f"], "leave out --foreground or --json"),
         (["--grace", "-1"], "Invalid value for '--grace'"),
         (["--allow-other", "-o", "allow_root"], "allow_other and allow_root exclude each other"),
     ],
@@ -107,7 +109,10 @@ def test_mount_and_umount(fragfs, make_model, mountpoint):
     fragfs("add", directory)
     result = fragfs("mount", mountpoint)
     assert result.status == 0, result.stderr
-    assert result.text == f"mounted on {mountpoint}; end it with: fragfs umount {mountpoint}\n"
+    assert result.lines[0] == f"mounted on {mountpoint}; end it with: fragfs umount {mountpoint}"
+    if find_mount(mountpoint).read_ahead_kb == 128:
+        hint = f"  read-ahead is the kernel's default; see: fragfs doctor {mountpoint}"
+        assert result.lines[1:] == [hint]
     shown = mountpoint / "one" / "model.safetensors"
     assert shown.read_bytes() == (directory / "model.safetensors").read_bytes()
     again = fragfs("mount", mountpoint)

@@ -100,3 +100,18 @@ def test_the_memory_of_faults_is_bounded(caplog):
         report(faults, IntegrityError("damaged", fragment=str(number)))
     assert len(faults._seen) <= 4096
     assert len(caplog.records) == 5000
+
+
+def test_the_last_faults_are_kept_short():
+    faults = FaultLog()
+    assert faults.recent() == []
+    for number in range(9):
+        report(faults, IntegrityError(f"damaged {number} " + "x" * 5000, remedy="restore it"))
+    faults.report(ZeroDivisionError("a bug"), "getattr")
+    faults.report(ZeroDivisionError("a bug"), "getattr")
+    recent = faults.recent()
+    assert [fault["error"][:9] for fault in recent[:-1]] == [f"damaged {n}" for n in (5, 6, 7, 8)]
+    assert recent[-1]["error"] == "ZeroDivisionError('a bug')"
+    assert recent[-1]["what"] == "getattr"
+    assert recent[-1]["at_s"] > 1_700_000_000
+    assert len(str(recent)) < 5000
