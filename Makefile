@@ -25,7 +25,7 @@ help: ## list the targets
 venv: $(READY) ## make .venv with fragfs and everything its tests need
 
 # pyfuse3 is compiled where its index has no wheel: hence a compiler, libfuse3 and Python's headers.
-$(READY): pyproject.toml fragfs/codec/_kernels.c
+$(READY): pyproject.toml fragfs/codec/_kernels.c fragfs/codec/_writing.c
 	@sh tools/system_packages.sh "$(PYTHON)"
 	@python="$(PYTHON)"; "$${python:-python3}" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
