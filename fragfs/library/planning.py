@@ -11,12 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
-from fragfs.codec.choose import NO_ROWS, Candidate, Choice, Rows, encode_best
+from fragfs.codec.choose import Choice, encode_best
 from fragfs.codec.encoding import decode
 from fragfs.codec.solo import Encoding, encode_solo
+from fragfs.codec.trials import NO_ROWS, Candidate, Rows
 from fragfs.errors import FragmentError, IntegrityError, NotFoundError, StorageError
 from fragfs.library.catalog import Catalog
 from fragfs.library.closure import CLOSURE_LIMIT, closure_of
@@ -201,10 +203,13 @@ class BasePlanner:
         numbers: list[int] = []
         if signature is not None:
             limit = self._config.closure_max
+            # Asked for once each: pairs of candidates are combined by the dozen.
+            bases_of = lru_cache(None)(self._bases)
             found = self._candidates(signature, dtype, exclude, limit, numbers)
 
             def may_combine(indices: Sequence[int]) -> bool:
-                return len(self._closure([numbers[index] for index in indices])) < limit
+                chosen = [numbers[index] for index in indices]
+                return len(closure_of(chosen, bases_of)) < limit
 
             choice = encode_best(
                 raw,
