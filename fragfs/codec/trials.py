@@ -271,7 +271,9 @@ class Trials:
             predicted = prediction.predict(taken, self._dtype, words.size)
         covered = count * self._unit / len(self._view)
         grouped = self._level is not Level.FAST
-        estimate = estimate_residual(words, predicted, self._dtype, grouped=grouped)
+        estimate = 0
+        if not np.array_equal(words, predicted):
+            estimate = estimate_residual(words, predicted, self._dtype, grouped=grouped)
         depth = sum(self.candidates[index].depth for index in bases)
         trial = Trial(bases, prediction, 0, grouped, depth, words, predicted, covered, estimate)
         return replace(trial, share=_share(trial, estimate))
