@@ -39,19 +39,6 @@ typedef struct {
         }                                                                                          \
         return 0;                                                                                  \
     }                                                                                              \
-    static size_t codes_##word(const word *restrict values, size_t count, word zero, word escape,  \
-                               uint8_t *restrict codes, word *restrict outside)                    \
-    {                                                                                              \
-        size_t used = 0;                                                                           \
-        for (size_t i = 0; i < count; i++) {                                                       \
-            word shifted = (word)(values[i] + zero);                                               \
-            int is_outside = shifted >= escape;                                                    \
-            codes[i] = (uint8_t)(is_outside ? escape : shifted);                                   \
-            outside[used] = values[i];                                                             \
-            used += (size_t)is_outside;                                                            \
-        }                                                                                          \
-        return used;                                                                               \
-    }                                                                                              \
     static void count_##word(const word *words, size_t count, unsigned shift, unsigned mask,       \
                              uint32_t (*tables)[256])                                              \
     {                                                                                              \
@@ -163,40 +150,6 @@ static PyObject *count_keys(PyObject *self, PyObject *args)
 done:
     PyBuffer_Release(&words);
     PyBuffer_Release(&out);
-    return result;
-}
-
-static PyObject *codes(PyObject *self, PyObject *args)
-{
-    (void)self;
-    Py_buffer values, codes, outside;
-    unsigned width, zero, escape;
-    if (!PyArg_ParseTuple(args, "Iy*IIw*w*", &width, &values, &zero, &escape, &codes, &outside))
-        return NULL;
-    PyObject *result = NULL;
-    size_t used = 0;
-    if ((width != 1 && width != 2 && width != 4 && width != 8) || (size_t)values.len % width ||
-        (size_t)codes.len != (size_t)values.len / width || outside.len != values.len ||
-        escape > 255 || zero > 255) {
-        PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
-        goto done;
-    }
-    size_t count = (size_t)codes.len;
-    Py_BEGIN_ALLOW_THREADS;
-#define TAKE(word)                                                                                 \
-    used = codes_##word(values.buf, count, (word)zero, (word)escape, codes.buf, outside.buf)
-    switch (width) {
-    case 1: TAKE(uint8_t); break;
-    case 2: TAKE(uint16_t); break;
-    case 4: TAKE(uint32_t); break;
-    default: TAKE(uint64_t); break;
-    }
-    Py_END_ALLOW_THREADS;
-    result = PyLong_FromSize_t(used);
-done:
-    PyBuffer_Release(&values);
-    PyBuffer_Release(&codes);
-    PyBuffer_Release(&outside);
     return result;
 }
 
@@ -413,14 +366,23 @@ done:
     return result;
 }
 
+/* In _writing.c. */
+PyObject *fragfs_forms(PyObject *self, PyObject *args);
+PyObject *fragfs_planes(PyObject *self, PyObject *args);
+PyObject *fragfs_pack(PyObject *self, PyObject *args);
+
 static PyMethodDef methods[] = {
+    {"forms", fragfs_forms, METH_VARARGS,
+     "forms(width, values, sizes, logs, losses, forms, costs): form and cost of each group of values"},
+    {"planes", fragfs_planes, METH_VARARGS,
+     "planes(width, values, bias, out): byte planes of values + bias, lowest first"},
+    {"pack", fragfs_pack, METH_VARARGS,
+     "pack(width, values, bits, packed, outside): packed codes of values; counts those outside"},
     {"convert", convert, METH_VARARGS,
      "convert(inputs, scaled, format, out): the sum of inputs, each (format, words, coefficient), or"
      " one input as it is; formats: bf16 0, f16 1, f8_e4m3 2, f8_e5m2 3 (of out only), f32 4"},
     {"split", split, METH_VARARGS,
      "split(width, values, prediction, lookup, sizes, out, shift, mask): values - prediction, by group"},
-    {"codes", codes, METH_VARARGS,
-     "codes(width, values, zero, escape, codes, outside): codes of values; counts those outside"},
     {"count_keys", count_keys, METH_VARARGS,
      "count_keys(width, words, out, shift, mask): how many words have each key"},
     {"merge_planes", merge_planes, METH_VARARGS,
@@ -449,7 +411,7 @@ PyMODINIT_FUNC PyInit__kernels(void)
     prepare_rebuild();
     PyObject *created = PyModule_Create(&module);
     /* kernels.py uses no module of another version: a file built for older sources. */
-    if (created && PyModule_AddIntConstant(created, "VERSION", 2)) {
+    if (created && PyModule_AddIntConstant(created, "VERSION", 3)) {
         Py_DECREF(created);
         return NULL;
     }

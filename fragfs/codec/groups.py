@@ -83,8 +83,9 @@ def plan_groups(prediction: Words, dtype: Dtype) -> Groups:
         return Groups((_KEYS - 1,), (count,))
     last_keys, sizes = [], []
     size = 0
-    for key, words in enumerate(_count_keys(prediction, shift, mask).tolist()):
-        size += words
+    counts = _count_keys(prediction, shift, mask)
+    for key in np.flatnonzero(counts).tolist():
+        size += int(counts[key])
         if size >= size_min:
             last_keys.append(key)
             sizes.append(size)

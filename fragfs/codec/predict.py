@@ -19,7 +19,7 @@ from fragfs.codec.floats import FLOATS, convert, quantize, widen, word_type
 from fragfs.errors import FormatError
 from fragfs.types import FRAGMENT_BYTES_MAX, Dtype, Predictor
 
-__all__ = ["BLEND_BASES_MAX", "SCALED", "Prediction", "fit_blend", "fit_scales", "unit_size"]
+__all__ = ["BLEND_BASES_MAX", "SCALED", "Prediction", "blend_of", "fit_scales", "unit_size"]
 
 Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
 Floats: TypeAlias = NDArray[np.float32]
@@ -203,42 +203,12 @@ def _words(raw: memoryview, unit: int, count: int) -> Words:
 # --- fitting, for writers only: nothing here needs to be the same everywhere
 
 
-def fit_blend(
-    target: Words, dtype: Dtype, bases: Sequence[tuple[Words, Dtype]]
-) -> Prediction | None:
-    """Coefficients by least squares, for as many words of each; None if no blend fits.
-
-    Args:
-        target: Some words of what is to be predicted.
-        dtype: How they read; one of FLOATS.
-        bases: The same words of each base, and how they read; two or three.
-    """
-    with np.errstate(all="ignore"):  # signalling NaNs
-        columns = np.stack([widen(words, base).astype(np.float64) for words, base in bases], 1)
-        wanted = widen(target, dtype).astype(np.float64)
-    usable = np.isfinite(columns).all(axis=1) & np.isfinite(wanted)
-    columns, wanted = columns[usable], wanted[usable]
-    if wanted.size < 16 * len(bases):
+def blend_of(dtypes: Sequence[Dtype], coefficients: Sequence[float]) -> Prediction | None:
+    """The blend of bases that read so; None if a coefficient is none that can be stored."""
+    stored = tuple(float(np.float32(value)) for value in coefficients)
+    if not all(_COEFFICIENT_MIN <= abs(value) <= _COEFFICIENT_MAX for value in stored):
         return None
-    # By the normal equations: siblings are far from being so alike that these would not do.
-    try:
-        found = np.linalg.solve(columns.T @ columns, columns.T @ wanted)
-    except np.linalg.LinAlgError:
-        return None
-    coefficients = tuple(_plain(float(value)) for value in found)
-    if not all(_COEFFICIENT_MIN <= abs(value) <= _COEFFICIENT_MAX for value in coefficients):
-        return None
-    return Prediction(Predictor.BLEND, tuple(base for _, base in bases), coefficients)
-
-
-def _plain(value: float) -> float:
-    """The round number that a person would have chosen, if the fit is near one."""
-    for denominator in (1, 2, 4, 5, 8, 10, 20, 3, 6, 7, 9, 100):
-        near = round(value * denominator) / denominator
-        if abs(near - value) < 2e-5:
-            value = near
-            break
-    return float(np.float32(value))
+    return Prediction(Predictor.BLEND, tuple(dtypes), stored)
 
 
 def fit_scales(

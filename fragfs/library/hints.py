@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fragfs.codec.choose import Rows
+from fragfs.codec.trials import Rows
 from fragfs.formats.layout import Cut, Layout, TensorLabel
 from fragfs.library.planning import Hints
 from fragfs.types import FragmentId, LayerMapping, SpanKind

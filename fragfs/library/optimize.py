@@ -16,15 +16,13 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 
 from fragfs.codec.choose import (
-    NO_ROWS,
-    Candidate,
-    Rows,
     encode_from,
     estimate_blends,
     estimate_single,
     estimate_solo,
 )
 from fragfs.codec.solo import Encoding, encode_solo
+from fragfs.codec.trials import NO_ROWS, Candidate, Rows
 from fragfs.errors import FragmentError, LimitError, StorageError
 from fragfs.library.catalog import Catalog
 from fragfs.library.closure import closure_of

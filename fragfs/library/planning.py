@@ -15,9 +15,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from fragfs.codec.choose import NO_ROWS, Candidate, Choice, Rows, encode_best
+from fragfs.codec.choose import Choice, encode_best
 from fragfs.codec.encoding import decode
 from fragfs.codec.solo import Encoding, encode_solo
+from fragfs.codec.trials import NO_ROWS, Candidate, Rows
 from fragfs.errors import FragmentError, IntegrityError, NotFoundError, StorageError
 from fragfs.library.catalog import Catalog
 from fragfs.library.closure import CLOSURE_LIMIT, Closures

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fragfs.codec import floats, groups, planes, rebuild, residual
+from fragfs.codec import floats, forms, groups, planes, rebuild, residual
 from fragfs.codec.encoding import decode
 from fragfs.codec.predict import Prediction
 from fragfs.codec.predicted import encode_predicted
@@ -44,7 +44,7 @@ UNIT = {
 
 def without_kernels(patch: pytest.MonkeyPatch) -> None:
     """From now on numpy does what the compiled loops do."""
-    for module in (floats, groups, planes, rebuild, residual):
+    for module in (floats, forms, groups, planes, rebuild, residual):
         patch.setattr(module, "_kernels", None)
 
 

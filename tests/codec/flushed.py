@@ -53,9 +53,10 @@ def is_flushing() -> bool:
 
 
 def main() -> None:
-    from fragfs.codec import floats, groups, planes, rebuild, residual
-    from fragfs.codec.choose import Candidate, encode_best
+    from fragfs.codec import floats, forms, groups, planes, rebuild, residual
+    from fragfs.codec.choose import encode_best
     from fragfs.codec.selftest import check_decoder
+    from fragfs.codec.trials import Candidate
     from fragfs.types import Level
     from tests.codec.tables import DIGESTS, digest
 
@@ -67,7 +68,7 @@ def main() -> None:
     found = []
     # With the compiled loops, and with what stands in for them.
     for module_kernels in dict.fromkeys((groups._kernels, None)):
-        for module in (floats, groups, planes, rebuild, residual):
+        for module in (floats, forms, groups, planes, rebuild, residual):
             module._kernels = module_kernels
         for name, expected in DIGESTS.items():
             assert digest(name) == expected, name

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fragfs.codec.choose import Candidate, Choice, Rows, encode_best
+from fragfs.codec.choose import Choice, encode_best
 from fragfs.codec.encoding import decode
-from fragfs.codec.predict import fit_blend
 from fragfs.codec.solo import encode_solo
+from fragfs.codec.trials import Candidate, Rows
 from fragfs.types import Dtype, Level, Predictor
 from tests.codec.families import (
     EVERY_KIND,
@@ -221,16 +221,6 @@ def test_tiny_fragments(dtype):
 )
 def test_any_candidates_of_any_bytes(raw, bases, dtype, level):
     choose(raw, dtype, *bases, level=level)
-
-
-@pytest.mark.parametrize("bits", [0x7F800001, 0x7FA12345, 0xFF812345])
-def test_signaling_nans_raise_no_warning_in_a_fit(bits):
-    a, b = (numbers(seed=s).astype("<f4") for s in (1, 2))
-    words = [x.view("<u4").copy() for x in (a * np.float32(0.5) + b * np.float32(0.5), a, b)]
-    for column in words:
-        column[5] = bits
-    found = fit_blend(words[0], Dtype.F32, [(column, Dtype.F32) for column in words[1:]])
-    assert found.coefficients == (0.5, 0.5)
 
 
 @EVERY_LEVEL

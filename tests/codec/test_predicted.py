@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fragfs.codec import groups
 from fragfs.codec.encoding import decode
-from fragfs.codec.predict import BLEND_BASES_MAX, SCALED, Prediction, fit_blend, fit_scales
+from fragfs.codec.predict import SCALED, Prediction, fit_scales
 from fragfs.codec.predicted import covered_words, encode_predicted
 from fragfs.errors import FormatError
 from fragfs.types import FRAGMENT_BYTES_MAX, PREDICTORS_FROM_BASES, Dtype, Predictor
@@ -255,41 +255,6 @@ def test_blocks_of_a_prediction_join():
 
 
 class TestFitting:
-    def fit(self, target, *columns):
-        words = [np.asarray(c, "<f4").view("<u4") for c in (target, *columns)]
-        return fit_blend(words[0], Dtype.F32, [(w, Dtype.F32) for w in words[1:]])
-
-    @pytest.mark.parametrize("wanted", [(0.5, 0.5), (2, -1), (0.3, 0.7), (-0.25, 1.5)])
-    def test_coefficients_are_found(self, wanted):
-        a, b = numbers(seed=1), numbers(seed=2)
-        found = self.fit(wanted[0] * a + wanted[1] * b, a, b)
-        assert found.coefficients == tuple(float(np.float32(value)) for value in wanted)
-
-    def test_three_bases(self):
-        a, b, c = (numbers(seed=s) for s in range(3))
-        found = self.fit(0.2 * a + 0.3 * b + 0.5 * c, a, b, c)
-        assert found.coefficients == tuple(float(np.float32(v)) for v in (0.2, 0.3, 0.5))
-        assert len(found.coefficients) == BLEND_BASES_MAX
-
-    def test_special_values_are_left_out(self):
-        a, b = numbers(seed=1), numbers(seed=2)
-        target = 0.5 * a + 0.5 * b
-        a[::7], b[::11], target[::13] = np.nan, np.inf, -np.inf
-        assert self.fit(target, a, b).coefficients == (0.5, 0.5)
-
-    def test_equal_bases_fit_nothing(self):
-        a = numbers(seed=1)
-        assert self.fit(a, a, a) is None
-
-    def test_a_base_that_does_not_matter_fits_nothing(self):
-        a, b = numbers(seed=1), numbers(seed=2)
-        assert self.fit(a, a, b) is None
-
-    def test_too_few_words_fit_nothing(self):
-        a, b = numbers(20, seed=1), numbers(20, seed=2)
-        assert self.fit(a + b, a, b) is None
-        assert self.fit(np.full(12_000, np.nan), numbers(seed=1), numbers(seed=2)) is None
-
     @pytest.mark.parametrize("source", FLOATS, ids=names)
     def test_scales_predict_nearly_everything(self, source):
         for row, first in ((0, 0), (100, 100), (100, 1), (7, 3), (12_000, 11_999)):

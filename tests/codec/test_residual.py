@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fragfs.codec import residual as module
+from fragfs.codec.packing import pack_codes
 from fragfs.codec.rebuild import decode_residual, parse_streams
 from fragfs.codec.residual import encode_residual, estimate_residual, store_streams
 from fragfs.types import Dtype
@@ -104,10 +105,10 @@ def test_codes_and_what_is_outside(unit, bits, kernels):
         values = np.resize(np.array([edge % top for edge in edges], f"<u{unit}"), count)
         for ordered in (values, values[::-1].copy()):
             before = ordered.copy()
-            codes, outside = module._to_codes(ordered, bits)
+            packed, outside = module._pack(ordered, bits)
             shifted = [(value + zero) % top for value in ordered.tolist()]
-            assert codes.dtype == np.uint8
-            assert codes.tolist() == [min(value, escape) for value in shifted]
+            codes = np.array([min(value, escape) for value in shifted], np.uint8)
+            assert packed.tolist() == pack_codes(codes, bits).tolist()
             far = [v for v, s in zip(ordered.tolist(), shifted, strict=True) if s >= escape]
             assert outside.dtype == ordered.dtype
             assert outside.tolist() == far
@@ -189,41 +190,64 @@ class TestKernelArguments:
         for array in arrays:
             array.append(0)
 
-    def test_wrong_arguments_of_taking_codes(self):
-        def right():
-            return [2, bytearray(20), 7, 15, bytearray(10), bytearray(20)]
-
-        module._kernels.codes(*right())
-        strided = np.zeros((20, 2), np.uint8)[:, 0]
-        wrong = {
-            0: (0, 1, 3, 4, 8, 16, 0xFFFFFFFF, None, "2"),
-            1: (bytearray(18), bytearray(19), bytearray(22), bytearray(), None, 7, "", strided),
-            2: (256, 0xFFFFFFFF, None, 1.5),
-            3: (256, 0xFFFFFFFF, None, 1.5),
-            4: (bytearray(9), bytearray(11), bytearray(20), bytearray(), bytes(10), None, strided),
-            5: (bytearray(18), bytearray(19), bytearray(22), bytearray(), bytes(20), None, strided),
-        }
+    def refused_each(self, name, right, wrong):
+        """The right arguments are taken, and refused with any one of the wrong ones in place."""
+        getattr(module._kernels, name)(*right())
         for place, values in wrong.items():
             for value in values:
                 arguments = right()
                 arguments[place] = value
-                self.refused("codes", *arguments)
-        for count in range(6):
-            self.refused("codes", *right()[:count])
+                self.refused(name, *arguments)
+        for count in range(len(right())):
+            self.refused(name, *right()[:count])
+
+    def test_wrong_arguments_of_packing(self):
+        strided = np.zeros((20, 2), np.uint8)[:, 0]
+        wrong = {
+            0: (0, 1, 3, 4, 8, 16, 0xFFFFFFFF, None, "2"),
+            1: (bytearray(18), bytearray(19), bytearray(24), bytearray(), None, 7, "", strided),
+            2: (0, 2, 3, 8, 0xFFFFFFFF, None, 1.5),
+            3: (bytearray(4), bytearray(6), bytearray(10), bytearray(), bytes(5), None, strided),
+            4: (bytearray(18), bytearray(19), bytearray(22), bytearray(), bytes(20), None, strided),
+        }
+        self.refused_each("pack", lambda: [2, bytearray(20), 4, bytearray(5), bytearray(20)], wrong)
+
+    def test_wrong_arguments_of_taking_planes(self):
+        strided = np.zeros((20, 2), np.uint8)[:, 0]
+        wrong = {
+            0: (0, 3, 5, 16, 0xFFFFFFFF, None, "2"),
+            1: (bytearray(18), bytearray(19), bytearray(22), bytearray(), None, 7, "", strided),
+            2: (None, 1.5, "1"),
+            3: (bytearray(18), bytearray(19), bytearray(22), bytearray(), bytes(20), None, strided),
+        }
+        self.refused_each("planes", lambda: [2, bytearray(20), 0x8080, bytearray(20)], wrong)
+        self.refused("planes", 4, bytearray(22), 0, bytearray(22))
 
     @EVERY_WIDTH
-    def test_taking_codes_writes_nothing_outside(self, unit):
+    def test_packing_writes_nothing_outside(self, unit):
         for count, skip in itertools.product((0, 1, 33, 1000), (0, 1, 3)):
             values = np.frombuffer(np.random.default_rng(1).bytes(count * unit), np.uint8)
-            codes = np.full(count + 40, 0xAB, np.uint8)
+            size = -(-count // 2)
+            packed = np.full(size + 40, 0xAB, np.uint8)
             outside = np.full(count * unit + 40, 0xAB, np.uint8)
-            ends = 16 + skip + count, 16 + skip + count * unit
-            module._kernels.codes(
-                unit, values, 7, 15, codes[16 + skip : ends[0]], outside[16 + skip : ends[1]]
+            ends = 16 + skip + size, 16 + skip + count * unit
+            module._kernels.pack(
+                unit, values, 4, packed[16 + skip : ends[0]], outside[16 + skip : ends[1]]
             )
-            for array, end in zip((codes, outside), ends, strict=True):
+            for array, end in zip((packed, outside), ends, strict=True):
                 assert (array[: 16 + skip] == 0xAB).all()
                 assert (array[end:] == 0xAB).all()
+
+    @EVERY_WIDTH
+    def test_taking_planes_writes_nothing_outside(self, unit):
+        for count, skip in itertools.product((0, 1, 33, 1000), (0, 1, 3)):
+            values = np.frombuffer(np.random.default_rng(1).bytes(count * unit), np.uint8)
+            planes = np.full(count * unit + 40, 0xAB, np.uint8)
+            end = 16 + skip + count * unit
+            module._kernels.planes(unit, values, 0, planes[16 + skip : end])
+            assert (planes[: 16 + skip] == 0xAB).all()
+            assert planes[16 + skip : end].tolist() == values.reshape(-1, unit).T.ravel().tolist()
+            assert (planes[end:] == 0xAB).all()
 
 
 def test_words_of_every_width_are_little_endian():

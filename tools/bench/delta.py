@@ -13,9 +13,10 @@ from typing import cast
 
 import numpy as np
 
-from fragfs.codec.choose import Candidate, Choice, encode_best
+from fragfs.codec.choose import Choice, encode_best
 from fragfs.codec.encoding import decode
 from fragfs.codec.solo import encode_solo
+from fragfs.codec.trials import Candidate
 from fragfs.library.records import checksum
 from fragfs.similarity.index import MemorySignatureRows, SimilarityIndex
 from fragfs.types import Dtype, Level
