@@ -69,5 +69,6 @@ class Child:
 
     def kill(self):
         """End it at once, as `kill -9` does."""
-        self._process.kill()
-        self._process.communicate()
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.communicate()
