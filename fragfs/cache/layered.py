@@ -12,6 +12,7 @@ __all__ = ["LayeredFragmentCache", "leaving_credit_s"]
 
 _CREDIT_S = 10.0
 _BASE_CREDIT_S = 600.0
+_SERVED_CREDIT_S = -3600.0
 _TYPICAL_NS_PER_BYTE = 1.0
 
 
@@ -58,6 +59,9 @@ class LayeredFragmentCache:
         raw = self.shared.get(metadata.id, metadata.raw_size)
         if raw is not None:
             self.views.put(number, raw)
+            needed = self._dependent_count(number) > 0
+            credit_s = _BASE_CREDIT_S if needed else _SERVED_CREDIT_S
+            self.shared.touch(metadata.id, credit_s)
         return raw
 
     def holds(self, number: int) -> bool:
