@@ -50,7 +50,13 @@ class MountReading:
         self._nursery = nursery
         workers = options.workers or min(max(2, os.cpu_count() or 1), _WORKERS_MAX)
         self._place = _choose_place(options, library.uuid)
-        shared = SharedFragmentCache(self._place) if self._place is not None else None
+        shared = None
+        if self._place is not None:
+            try:
+                shared = SharedFragmentCache(self._place)
+            except OSError as error:
+                log.warning("no shared fragment cache in %s: %s", self._place.directory, error)
+                self._place = None
         self._cache = LayeredFragmentCache(
             library.fragment,
             library.dependent_count,

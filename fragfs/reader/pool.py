@@ -32,7 +32,7 @@ _RESTARTS_MAX = 8
 """Deaths in a row, without a reply in between, after which no process is started any more."""
 
 _RESTART_S = 0.05
-_FIRST_REPLY_S_MAX = 30.0
+_START_S_MAX = 30.0
 _REPLY_S_MAX = 5.0
 """A decode takes milliseconds: a process that says nothing for so long was stopped, or waits for a
 disk that does not answer. It is killed, which frees its claims."""
@@ -68,12 +68,12 @@ class DecoderProcess:
         self.channel = channel
         self.jobs: deque[Decode] = deque()
         self.patience = trio.CancelScope()
-        self.reply_s_max = _FIRST_REPLY_S_MAX
+        self.started_by = trio.current_time() + _START_S_MAX
 
     def expect_reply(self) -> None:
         """Give it time for the next job that it has."""
-        now = trio.current_time()
-        self.patience.deadline = now + self.reply_s_max if self.jobs else math.inf
+        by = max(trio.current_time() + _REPLY_S_MAX, self.started_by)
+        self.patience.deadline = by if self.jobs else math.inf
 
 
 class DecoderPool:
@@ -224,7 +224,7 @@ class DecoderPool:
             self.decode_ns += reply.decode_ns
             self.evictions += reply.evicted
             job.finish(reply)
-            process.reply_s_max = _REPLY_S_MAX
+            process.started_by = 0.0
             process.expect_reply()
             self._feed()
 

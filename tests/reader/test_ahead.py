@@ -1,7 +1,7 @@
 """What is planned ahead of readers: the properties that hold whatever the policy is."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fragfs.library.extents import ExtentMapBuilder
@@ -103,6 +103,7 @@ READS = st.lists(
 )
 
 
+@settings(max_examples=50)
 @given(
     st.integers(0, 2 * MIB),
     st.lists(st.integers(1, 9 * MIB), max_size=6),
