@@ -68,6 +68,9 @@ class Pusher:
 
     Args:
         options: What it is told.
+
+    Raises:
+        OSError: The system refused to start it.
     """
 
     def __init__(self, options: PusherOptions) -> None:

@@ -82,8 +82,12 @@ class MountReading:
         if not self._options.prefill or self._place is None:
             return
         if can_abort(entry):
-            self._pusher = Pusher(PusherOptions(self._place, entry))
-            self._nursery.start_soon(self._pusher.receive)
+            try:
+                self._pusher = Pusher(PusherOptions(self._place, entry))
+            except OSError as error:
+                log.warning("no prefill: cannot start the process that stores: %s", error)
+            else:
+                self._nursery.start_soon(self._pusher.receive)
         else:
             log.warning(
                 "no prefill: this user may not abort the connection of %s, so a crash of this"

@@ -25,6 +25,9 @@ pytestmark = [pytest.mark.mount, pytest.mark.slow]
 READERS_S = 200
 """How long a reader may take: a few seconds on an idle machine."""
 
+STARTED = []
+"""The readers of the test that runs."""
+
 SOAK_S = 30
 """`python -m tests.mount.soak_reading MINUTES` runs it for longer."""
 
@@ -59,21 +62,33 @@ def fragment_count(made):
     return len(wanted)
 
 
+@pytest.fixture(autouse=True)
+def _ended():
+    """Ends and closes the readers that a failed test left."""
+    yield
+    while STARTED:
+        reader = STARTED.pop()
+        reader.kill()
+        reader.communicate()
+        reader.stdout.close()
+        reader.stderr.close()
+
+
 def start_reader(mode, mounted, source, *arguments):
-    return subprocess.Popen(
-        [sys.executable, readers.__file__, mode, mounted, source, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    STARTED.append(
+        subprocess.Popen(
+            [sys.executable, readers.__file__, mode, mounted, source, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     )
+    return STARTED[-1]
 
 
 def finish(reader, timeout=READERS_S):
     """(exit status, what it said); fails if it hangs."""
-    try:
-        _, errors = reader.communicate(timeout=timeout)
-    finally:
-        reader.kill()
+    _, errors = reader.communicate(timeout=timeout)
     return reader.returncode, errors
 
 
@@ -300,22 +315,29 @@ def test_helpers_are_killed_while_they_work_and_nobody_notices(mounts, made, vic
     unmount(report.mountpoint)
 
 
-@pytest.mark.parametrize("victim", ["daemon", "all", "pusher first"])
+@pytest.mark.parametrize("victim", ["daemon", "decoders and daemon", "helpers first"])
 def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
-    """No helper and no reader outlives it by more than a moment, and the mount clears."""
+    """No helper and no reader outlives it by more than a moment, and the mount clears.
+
+    None reads with MAP_POPULATE: see `readers.py`. A pusher that is killed in the same moment as the
+    daemon may wait for a page for ever, and readers with it: not held, see REQUIREMENTS.md.
+    """
     report = mounts(made[0], cache_bytes_max=8 << 20)
     reading = [
         start_reader(mode, report.mountpoint, made[1], "600")
-        for mode in ("map", "map threads", "read", "map populate")
+        for mode in ("map", "map threads", "read", "map sequential")
     ]
     for reader in reading:
         assert reader.stdout.read(1) == "."
     decoders, pusher = helpers_of(report.mountpoint)
     assert decoders
     helpers = [*decoders, *([pusher] if pusher else [])]
-    victims = {"daemon": [], "all": helpers, "pusher first": helpers[-1:]}[victim]
-    for pid in [*victims, report.pid]:
+    first = {"daemon": [], "decoders and daemon": decoders, "helpers first": helpers}[victim]
+    for pid in first:
         os.kill(pid, signal.SIGKILL)
+    if victim == "helpers first":
+        wait_until(lambda: no_helpers_left(helpers), 15)
+    os.kill(report.pid, signal.SIGKILL)
     # Within a second on an idle machine.
     took = wait_until(lambda: no_helpers_left([report.pid, *helpers]), 15)
     ended = [finish(reader, 30) for reader in reading]
@@ -359,8 +381,6 @@ def test_a_stopped_daemon_elsewhere_that_shares_the_cache_hangs_nobody(mounts, m
     finally:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
-    reader.kill()
-    reader.communicate()
 
 
 def test_a_stopped_pusher_does_not_keep_a_mount_from_ending(mounts, made):
