@@ -319,8 +319,8 @@ def test_helpers_are_killed_while_they_work_and_nobody_notices(mounts, made, vic
 def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
     """No helper and no reader outlives it by more than a moment, and the mount clears.
 
-    None reads with MAP_POPULATE: see `readers.py`. A pusher that is killed in the same moment as the
-    daemon may wait for a page for ever, and readers with it: not held, see REQUIREMENTS.md.
+    None reads with MAP_POPULATE: see `readers.py`. A pusher that is killed in the same moment as
+    the daemon may wait for a page for ever, and readers with it: not held, see REQUIREMENTS.md.
     """
     report = mounts(made[0], cache_bytes_max=8 << 20)
     reading = [
