@@ -68,7 +68,7 @@ class DecoderProcess:
         self.channel = channel
         self.jobs: deque[Decode] = deque()
         self.patience = trio.CancelScope()
-        self.started_by = trio.current_time() + _START_S_MAX
+        self.started_by = 0.0
 
     def expect_reply(self) -> None:
         """Give it time for the next job that it has."""
@@ -183,6 +183,7 @@ class DecoderPool:
                 log.error("cannot start a decoder process: %s", error)
                 self._restarts = _RESTARTS_MAX + 1
                 break
+            process.started_by = trio.current_time() + _START_S_MAX
             self._processes.append(process)
             self._feed()
             try:
