@@ -100,23 +100,15 @@ def no_helpers_left(pids):
     return not any(is_alive(pid) for pid in pids)
 
 
-@pytest.fixture(scope="module")
-def mounted(tmp_path_factory, made):
-    """One mount with the defaults for all tests that only read: cold pages, a warm cache."""
-    from tests.mount.conftest import Mounts
-
-    own = Mounts(tmp_path_factory.mktemp("mounted"))
-    yield own(made[0]).mountpoint
-    own.close()
-
-
 # --- bytes
 
 
-@pytest.mark.parametrize("mode", readers.MODES)
-def test_h27_every_file_in_every_way(mounted, made, mode):
-    drop_pages(mounted)
-    read_all(mode, mounted, made[1])
+def test_h27_every_file_in_every_way(mounts, made):
+    """With the defaults: cold pages, a cache that is warm after the first one."""
+    mounted = mounts(made[0]).mountpoint
+    for mode in readers.MODES:
+        drop_pages(mounted)
+        read_all(mode, mounted, made[1])
     status = read_status(mounted)
     assert status["cache"]["damaged"] == 0
     assert status["waiting"] == 0
