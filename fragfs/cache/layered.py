@@ -15,6 +15,7 @@ _IDENTITIES_MAX = 1 << 14
 _FILE_BYTES_MIN = 64 << 10
 _CREDIT_S = 10.0
 _BASE_CREDIT_S = 600.0
+_SERVED_CREDIT_S = -3600.0
 _TYPICAL_NS_PER_BYTE = 1.0
 
 
@@ -63,6 +64,9 @@ class LayeredFragmentCache:
         if file is not None:
             # A small one is not worth a descriptor.
             self.held.put(number, file if file.nbytes >= _FILE_BYTES_MIN else file.view())
+            is_needed = self._dependent_count(number) > 0
+            credit_s = _BASE_CREDIT_S if is_needed else _SERVED_CREDIT_S
+            self.shared.touch(metadata.id, credit_s)
         return file
 
     def get(self, number: int) -> memoryview | None:

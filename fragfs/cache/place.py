@@ -37,7 +37,7 @@ _SHARE_OF_MEMORY = 4
 _SHARE_OF_TMPFS = 2
 _SHARE_OF_DISK = 10
 _DISK_BYTES_MAX = 8 << 30
-_CGROUP = Path("/sys/fs/cgroup")
+_ROOT = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def choose_place(
         return None
     parents = [directory] if directory is not None else [shared_memory, disk]
     for parent in parents:
-        if parent is None:
+        if parent is None or (parent is shared_memory and not parent.is_dir()):
             continue
         try:
             made = _make_private(parent, library_uuid)
@@ -97,6 +97,8 @@ def choose_place(
         budget = measure_budget(made, in_memory=in_memory, asked=asked, held=held)
         if budget >= min(CACHE_BYTES_MIN, asked or CACHE_BYTES_MIN):
             return CachePlace(made, in_memory, budget, asked)
+        with contextlib.suppress(OSError):  # somebody uses it, with a smaller budget
+            made.rmdir()
     return None
 
 
@@ -122,46 +124,74 @@ def measure_budget(directory: Path, *, in_memory: bool, asked: int | None, held:
     return max(0, min(room // _SHARE_OF_DISK, _DISK_BYTES_MAX))
 
 
-def available_memory() -> int:
+def available_memory(root: Path = _ROOT) -> int:
     """Bytes that can be had without pushing anybody out: of the machine, and of the control group.
 
-    Source: Linux `Documentation/filesystems/proc.rst`, MemAvailable; `cgroup-v2.rst`, memory.max.
+    Args:
+        root: Where /proc and /sys are.
+
+    Source: Linux `Documentation/filesystems/proc.rst`, MemAvailable; `cgroup-v2.rst`, memory.max;
+    `cgroup-v1/memory.rst`.
     """
     available = 1 << 62
     try:
-        with open("/proc/meminfo", "rb") as file:
+        with open(root / "proc" / "meminfo", "rb") as file:
             for line in file:
                 if line.startswith(b"MemAvailable:"):
                     available = int(line.split()[1]) << 10
                     break
     except (OSError, ValueError):
         pass
-    return min(available, cgroup_room())
+    return min(available, cgroup_room(root))
 
 
-def cgroup_room() -> int:
+@dataclass(frozen=True, slots=True)
+class _Controller:
+    """Names of the files of one kind of control groups."""
+
+    limit: str
+    used: str
+    droppable: str
+
+
+_UNIFIED = _Controller("memory.max", "memory.current", "inactive_file")
+_SEPARATE = _Controller("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def cgroup_room(root: Path = _ROOT) -> int:
     """What this process's control groups still allow; page cache that can be dropped counts."""
     room = 1 << 62
     try:
-        own = Path("/proc/self/cgroup").read_text()
+        own = (root / "proc" / "self" / "cgroup").read_text()
     except OSError:
         return room
-    path = next((line[3:].strip() for line in own.splitlines() if line.startswith("0::")), None)
-    if path is None:
-        return room
-    group = _CGROUP / path.lstrip("/")
+    mounted = root / "sys" / "fs" / "cgroup"
+    for line in own.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0":
+            room = min(room, _room_of_groups(mounted, path.strip(), _UNIFIED))
+        elif "memory" in controllers.split(","):
+            room = min(room, _room_of_groups(mounted / "memory", path.strip(), _SEPARATE))
+    return room
+
+
+def _room_of_groups(mounted: Path, path: str, names: _Controller) -> int:
+    """The least room of a control group and of those that it is in."""
+    room = 1 << 62
+    group = mounted / path.lstrip("/")
     for directory in (group, *group.parents):
-        if directory != _CGROUP and _CGROUP not in directory.parents:
+        if directory != mounted and mounted not in directory.parents:
             break
         try:
-            limit = (directory / "memory.max").read_text().strip()
+            limit = (directory / names.limit).read_text().strip()
             if limit == "max":
                 continue
-            used = int((directory / "memory.current").read_text())
+            used = int((directory / names.used).read_text())
             statistics = dict(
                 line.split() for line in (directory / "memory.stat").read_text().splitlines()
             )
-            droppable = int(statistics.get("inactive_file", 0))
+            droppable = int(statistics.get(names.droppable, 0))
             room = min(room, max(0, int(limit) - used + droppable))
         except (OSError, ValueError):
             continue

@@ -324,9 +324,12 @@ class SharedFragmentCache:
         Args:
             bytes_max: Trim to this instead of the budget.
         """
-        lock = os.open(
-            os.path.join(self._path, _LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
+        try:
+            lock = os.open(
+                os.path.join(self._path, _LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+            )
+        except OSError:
+            return  # the directory was deleted: there is nothing to remove
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -342,7 +345,7 @@ class SharedFragmentCache:
         Temporary files whose writer was killed are removed on the way.
         """
         files: list[tuple[int, int, str]] = []
-        with os.scandir(self._path) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._path) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     status = entry.stat(follow_symlinks=False)

@@ -23,12 +23,17 @@ def begin_use(directory: Path) -> int:
     """Become a user of a directory; returns what `end_use` takes.
 
     Raises:
-        OSError: It is gone, or cannot be used.
+        OSError: It cannot be used, or the directory that it is in is gone.
     """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
-        descriptor = os.open(
-            directory / USERS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+        try:
+            descriptor = os.open(directory / USERS_NAME, flags, 0o600)
+        except FileNotFoundError:
+            # Its last user has just removed it; what it is in belongs to this user alone.
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             # Somebody may have removed the file, with the directory, before the lock was ours.

@@ -46,6 +46,7 @@ _DECODES_AHEAD = 8
 _CONTENTS_MAX = 256
 _MEMORY_BYTES_MIN = 256 << 20
 _MEMORY_KEPT_S = 0.25
+_END_S_MAX = 0.5
 _DEVICE = "/dev/fuse"
 
 
@@ -71,6 +72,9 @@ class Pusher:
 
     Args:
         options: What it is told.
+
+    Raises:
+        OSError: The system refused to start it.
     """
 
     def __init__(self, options: PusherOptions) -> None:
@@ -153,8 +157,13 @@ class Pusher:
         with contextlib.suppress(OSError):
             self._channel.send(b"end")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.5)
+            self._process.wait(_END_S_MAX)
         self._channel.close()
+        try:
+            self._process.wait(_END_S_MAX)
+        except subprocess.TimeoutExpired:
+            # It was stopped: while it holds the device, readers would wait for a daemon that ends.
+            self._process.kill()
 
 
 @dataclass(slots=True)
@@ -233,6 +242,9 @@ class Prefill:
                 position = await self._chunk(followed, window, position)
         except FragmentError:
             return  # whoever reads these bytes will be told
+        except Exception:
+            # Nobody waits for this, so nothing that goes wrong here may end the mount.
+            log.exception("decoding ahead failed")
 
     async def _chunk(self, followed: _Followed, window: Window, start: int) -> int:
         """Make one chunk ready; returns where it ends."""

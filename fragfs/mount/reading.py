@@ -50,7 +50,13 @@ class MountReading:
         self._nursery = nursery
         workers = options.workers or min(max(2, os.cpu_count() or 1), _WORKERS_MAX)
         self._place = _choose_place(options, library.uuid)
-        shared = SharedFragmentCache(self._place) if self._place is not None else None
+        shared = None
+        if self._place is not None:
+            try:
+                shared = SharedFragmentCache(self._place)
+            except OSError as error:
+                log.warning("no shared fragment cache in %s: %s", self._place.directory, error)
+                self._place = None
         self._cache = LayeredFragmentCache(
             library.fragment,
             library.dependent_count,
@@ -76,8 +82,12 @@ class MountReading:
         if not self._options.prefill or self._place is None:
             return
         if can_abort(entry):
-            self._pusher = Pusher(PusherOptions(self._place, entry))
-            self._nursery.start_soon(self._pusher.receive)
+            try:
+                self._pusher = Pusher(PusherOptions(self._place, entry))
+            except OSError as error:
+                log.warning("no prefill: cannot start the process that stores: %s", error)
+            else:
+                self._nursery.start_soon(self._pusher.receive)
         else:
             log.warning(
                 "no prefill: this user may not abort the connection of %s, so a crash of this"

@@ -116,6 +116,8 @@ class ReadAhead:
         Returns:
             What to make ready now, if anything; never what was planned for the stream before.
         """
+        if offset >= self._size:
+            return None
         end = min(offset + size, self._size)
         stream = self._stream_at(offset)
         if stream is not None and offset < stream.front - _SLACK_BYTES:

@@ -245,7 +245,8 @@ class FragmentFetcher:
                 if self._needs_itself(number, reply.bases):
                     return False  # a damaged catalog: the decode in a thread says so
                 flight.waits_for = reply.bases
-                await self._bases_ready(reply.bases, urgent=flight.is_urgent)
+                if not await self._bases_ready(reply.bases, urgent=flight.is_urgent):
+                    return False  # the decode in a thread says what is wrong with them
             elif reply.status is Status.BUSY and busy_s < _BUSY_S_MAX:
                 await trio.sleep(poll_s)
                 busy_s += poll_s
@@ -274,7 +275,8 @@ class FragmentFetcher:
                 pending += flight.waits_for if flight is not None else ()
         return False
 
-    async def _bases_ready(self, bases: tuple[int, ...], *, urgent: bool) -> None:
+    async def _bases_ready(self, bases: tuple[int, ...], *, urgent: bool) -> bool:
+        """Wait for some fragments; False if one cannot be decoded."""
         flights = []
         for base in bases:
             flight = self._flights.get(base) or self._start(base, urgent=urgent)
@@ -283,3 +285,4 @@ class FragmentFetcher:
             flights.append(flight)
         for flight in flights:
             await flight.done.wait()
+        return all(flight.error is None for flight in flights)

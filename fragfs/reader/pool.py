@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable
 from os import getpid
 
 import trio
 
 from fragfs.reader.decoder import REPLY, REQUEST, DecoderOptions, Reply, Status
 
-__all__ = ["Decode", "DecoderPool"]
+__all__ = ["Decode", "DecoderPool", "DecoderProcess", "start_decoder"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,12 @@ _RESTARTS_MAX = 8
 """Deaths in a row, without a reply in between, after which no process is started any more."""
 
 _RESTART_S = 0.05
+_START_S_MAX = 30.0
+_REPLY_S_MAX = 5.0
+"""A decode takes milliseconds: a process that says nothing for so long was stopped, or waits for a
+disk that does not answer. It is killed, which frees its claims."""
+
+_END_S_MAX = 1.0
 _BASES_MAX = 64
 
 
@@ -52,13 +60,20 @@ class Decode:
         self.done.set()
 
 
-class _Process:
+class DecoderProcess:
     """One decoder and the jobs it has, in the order of their replies."""
 
     def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
         self.process = process
         self.channel = channel
         self.jobs: deque[Decode] = deque()
+        self.patience = trio.CancelScope()
+        self.started_by = 0.0
+
+    def expect_reply(self) -> None:
+        """Give it time for the next job that it has."""
+        by = max(trio.current_time() + _REPLY_S_MAX, self.started_by)
+        self.patience.deadline = by if self.jobs else math.inf
 
 
 class DecoderPool:
@@ -70,14 +85,22 @@ class DecoderPool:
         options: What each process is told.
         nursery: Where the pool's tasks run; when it is cancelled the processes end.
         count: How many processes; at least 1.
+        start: Starts one.
     """
 
-    def __init__(self, options: DecoderOptions, nursery: trio.Nursery, count: int) -> None:
+    def __init__(
+        self,
+        options: DecoderOptions,
+        nursery: trio.Nursery,
+        count: int,
+        start: Callable[[DecoderOptions], DecoderProcess] | None = None,
+    ) -> None:
         self._options = options
+        self._start = start or start_decoder
         self._nursery = nursery
         self._urgent: deque[Decode] = deque()
         self._ahead: deque[Decode] = deque()
-        self._processes: list[_Process] = []
+        self._processes: list[DecoderProcess] = []
         self._restarts = 0
         self._count = count
         self.decodes = 0
@@ -142,9 +165,11 @@ class DecoderPool:
                     return job
         return None
 
-    def _send(self, process: _Process, job: Decode) -> None:
+    def _send(self, process: DecoderProcess, job: Decode) -> None:
         job.attempts += 1
         process.jobs.append(job)
+        if len(process.jobs) == 1:
+            process.expect_reply()
         # Two short messages never fill a socket's buffer. A dead process is noticed by its reader,
         # which takes the job back.
         with contextlib.suppress(OSError):
@@ -153,20 +178,25 @@ class DecoderPool:
     async def _run(self) -> None:
         while self.is_alive:
             try:
-                process = _start(self._options)
+                process = self._start(self._options)
             except OSError as error:
                 log.error("cannot start a decoder process: %s", error)
                 self._restarts = _RESTARTS_MAX + 1
                 break
+            process.started_by = trio.current_time() + _START_S_MAX
             self._processes.append(process)
             self._feed()
             try:
-                await self._receive(process)
+                with process.patience:
+                    await self._receive(process)
+                if process.patience.cancelled_caught:
+                    log.warning("a decoder process (%d) does not answer", process.process.pid)
             finally:
                 self._processes.remove(process)
                 process.channel.close()
                 process.process.kill()
-                process.process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # its disk does not answer
+                    process.process.wait(_END_S_MAX)
             self._restarts += 1
             log.warning("a decoder process (%d) has ended", process.process.pid)
             self._take_back(process)
@@ -175,7 +205,7 @@ class DecoderPool:
         while not self._processes and (job := self._next()) is not None:
             job.finish(Reply(job.number, Status.FAILED))
 
-    async def _receive(self, process: _Process) -> None:
+    async def _receive(self, process: DecoderProcess) -> None:
         size = REPLY.size + 8 * _BASES_MAX
         while True:
             await trio.lowlevel.wait_readable(process.channel)
@@ -195,9 +225,11 @@ class DecoderPool:
             self.decode_ns += reply.decode_ns
             self.evictions += reply.evicted
             job.finish(reply)
+            process.started_by = 0.0
+            process.expect_reply()
             self._feed()
 
-    def _take_back(self, process: _Process) -> None:
+    def _take_back(self, process: DecoderProcess) -> None:
         for job in process.jobs:
             if job.attempts < _ATTEMPTS:
                 job.is_taken = False
@@ -208,7 +240,7 @@ class DecoderPool:
         self._feed()
 
 
-def _start(options: DecoderOptions) -> _Process:
+def start_decoder(options: DecoderOptions) -> DecoderProcess:
     """Start a decoder: a new program, so that it inherits no lock, thread or SQLite connection.
 
     Raises:
@@ -234,4 +266,4 @@ def _start(options: DecoderOptions) -> _Process:
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
         pipe.write(options.to_json().encode())
     ours.setblocking(False)
-    return _Process(process, ours)
+    return DecoderProcess(process, ours)

@@ -1,8 +1,111 @@
-"""Who uses a cache directory, and which nobody uses any more."""
+"""Who uses a directory, and who gives it back: also after a kill."""
 
 import os
+import shutil
+import threading
+
+import pytest
 
 from fragfs.cache.users import USERS_NAME, begin_use, end_use, find_abandoned, remove_abandoned
+from tests.cache.support import Child
+
+WAIT = "user = begin_use(directory); pause(); end_use(user, directory, remove=True)"
+
+
+@pytest.fixture
+def directory(tmp_path):
+    made = tmp_path / "user" / "library"
+    made.mkdir(parents=True)
+    return made
+
+
+def test_the_last_one_to_leave_removes_the_directory(directory):
+    first, second = begin_use(directory), begin_use(directory)
+    (directory / "a fragment").write_bytes(b"x")
+    end_use(first, directory, remove=True)
+    assert (directory / "a fragment").exists()
+    end_use(second, directory, remove=True)
+    assert not directory.exists()
+
+
+def test_a_directory_on_disk_stays(directory):
+    end_use(begin_use(directory), directory, remove=False)
+    assert directory.exists()
+
+
+def test_another_process_keeps_the_directory(directory):
+    with Child(WAIT, directory).wait_ready() as child:
+        end_use(begin_use(directory), directory, remove=True)
+        assert directory.exists()
+        child.proceed()
+    assert not directory.exists()
+
+
+def test_what_a_killed_user_left_is_removed_by_the_next_one_of_another_library(directory):
+    with Child(WAIT, directory).wait_ready() as child:
+        remove_abandoned(directory.parent, keep=directory.parent / "other")
+        assert directory.exists()
+        child.kill()
+    remove_abandoned(directory.parent, keep=directory)
+    assert directory.exists()
+    remove_abandoned(directory.parent, keep=directory.parent / "other")
+    assert not directory.exists()
+
+
+def test_the_next_user_of_the_same_library_takes_over_what_a_killed_one_left(directory):
+    with Child(WAIT, directory).wait_ready() as child:
+        child.kill()
+    end_use(begin_use(directory), directory, remove=True)
+    assert not directory.exists()
+
+
+def test_a_directory_that_somebody_is_just_making_is_not_taken_for_abandoned(directory):
+    remove_abandoned(directory.parent, keep=directory.parent / "other")
+    assert directory.exists()
+    os.utime(directory, (1, 1))
+    remove_abandoned(directory.parent, keep=directory.parent / "other")
+    assert not directory.exists()
+
+
+def test_only_directories_are_removed(directory, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / USERS_NAME).write_bytes(b"")
+    (elsewhere / "precious").write_bytes(b"")
+    os.symlink(elsewhere, directory.parent / "link")
+    (directory.parent / "file").write_bytes(b"")
+    remove_abandoned(directory.parent, keep=directory)
+    assert (elsewhere / "precious").exists()
+
+
+def test_a_directory_that_vanishes_before_it_is_used_is_made_again(directory):
+    """The last user of the same library removes it right after the place was chosen."""
+    shutil.rmtree(directory)
+    user = begin_use(directory)
+    assert directory.stat().st_mode & 0o777 == 0o700
+    end_use(user, directory, remove=True)
+    assert not directory.exists()
+
+
+def test_coming_and_going_at_once_never_fails(directory):
+    failures = []
+
+    def work():
+        try:
+            for _ in range(100):
+                user = begin_use(directory)
+                (directory / str(threading.get_ident())).write_bytes(b"")
+                end_use(user, directory, remove=True)
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert not directory.exists()
 
 
 def make_cache(parent, name, size):

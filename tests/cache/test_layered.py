@@ -1,0 +1,100 @@
+"""Views of one process over the shared files."""
+
+import os
+
+import pytest
+
+from fragfs.cache.layered import LayeredFragmentCache, leaving_credit_s
+from fragfs.cache.memory import MemoryFragmentCache
+from fragfs.cache.shared import SharedFragmentCache, file_name
+from fragfs.types import FragmentMetadata
+from tests.cache.support import fragment_of, place_at, raw_of
+
+SIZE = 70_000
+BASE = 5
+"""The one fragment that others are predicted from."""
+
+
+def identify(number):
+    return FragmentMetadata(number, fragment_of(raw_of(number, SIZE)), 1, 0, 10, SIZE, 0)
+
+
+def dependent_count(number):
+    return 3 if number == BASE else 0
+
+
+@pytest.fixture
+def shared(tmp_path):
+    made = SharedFragmentCache(place_at(tmp_path / "place"))
+    yield made
+    made.close()
+
+
+def layered(shared, views_max=10 * SIZE):
+    return LayeredFragmentCache(identify, dependent_count, MemoryFragmentCache(views_max), shared)
+
+
+def test_what_one_process_put_another_gets_and_keeps_as_a_view(shared):
+    one, two = layered(shared), layered(shared)
+    one.put(1, raw_of(1, SIZE))
+    assert two.holds(1)
+    assert two.get(1) == raw_of(1, SIZE)
+    shared.drop(identify(1).id)
+    assert two.holds(1)
+    assert two.get(1) == raw_of(1, SIZE)
+    assert layered(shared).get(1) is None
+
+
+def test_neighbouring_reads_look_for_a_file_once(shared):
+    cache = layered(shared)
+    cache.publish(identify(1), raw_of(1, SIZE))
+    assert cache.get(1) is cache.get(1)
+    assert shared.statistics().hits == 1
+
+
+def test_publishing_keeps_no_view(shared):
+    cache = layered(shared)
+    assert cache.publish(identify(1), raw_of(1, SIZE))
+    assert not cache.held.holds(1)
+    assert cache.holds(1)
+
+
+def test_without_a_shared_cache_there_are_only_views():
+    cache = layered(None)
+    assert cache.get(1) is None
+    assert not cache.holds(1)
+    raw = raw_of(1, SIZE)
+    cache.put(1, raw)
+    assert cache.get(1) is raw
+    assert cache.holds(1)
+    assert not cache.publish(identify(2), raw_of(2, SIZE))
+
+
+def test_a_damaged_file_is_a_miss(shared, tmp_path):
+    cache = layered(shared)
+    cache.publish(identify(1), raw_of(1, SIZE))
+    os.truncate(tmp_path / "place" / file_name(identify(1).id), 100)
+    assert cache.get(1) is None
+    assert not cache.held.holds(1)
+
+
+def test_a_base_costs_more_to_lose_than_a_fragment_and_a_slow_one_more_than_a_fast_one():
+    assert leaving_credit_s(1_000, 1_000, 0) < leaving_credit_s(5_000, 1_000, 0)
+    assert leaving_credit_s(5_000, 1_000, 0) < leaving_credit_s(1_000, 1_000, 1)
+    assert leaving_credit_s(10**12, 1, 0) <= 80
+    assert leaving_credit_s(0, 0, 0) == 0
+
+
+def test_what_was_served_leaves_first_then_what_was_not_and_bases_last(shared):
+    """Each in the order they came; a fragment that nobody had yet is what was decoded ahead."""
+    reader = layered(shared)
+    for number in (BASE, 1, 2, 3, 4):
+        reader.publish(identify(number), raw_of(number, SIZE), decode_ns=SIZE)
+    for number in (BASE, 3, 4):
+        assert reader.get(number) is not None
+    left = []
+    for kept in (4, 3, 2, 1, 0):
+        before = [n for n in (BASE, 1, 2, 3, 4) if shared.holds(identify(n).id)]
+        shared.trim(int(kept * (SIZE + 56) / 0.9) + 1)
+        left += [n for n in before if not shared.holds(identify(n).id)]
+    assert left == [3, 4, 1, 2, BASE]

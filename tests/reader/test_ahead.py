@@ -1,0 +1,137 @@
+"""What is planned ahead of readers: the properties that hold whatever the policy is."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fragfs.library.extents import ExtentMapBuilder
+from fragfs.reader.ahead import PAGE_BYTES, TRIPWIRE_BYTES, ReadAhead
+from fragfs.types import SpanKind
+
+MIB = 1 << 20
+REQUEST = 128 << 10
+
+
+def file_of(header, tensors, fragment_bytes=MIB, tail=0):
+    """Extents of a file: a header, tensors cut into fragments, and a tail."""
+    builder = ExtentMapBuilder()
+    number = 0
+
+    def append(size, kind):
+        nonlocal number
+        for start in range(0, size, fragment_bytes):
+            number += 1
+            length = min(fragment_bytes, size - start)
+            builder.append(length, number, 0, kind, first=start == 0)
+
+    append(header, SpanKind.HEADER)
+    for size in tensors:
+        append(size, SpanKind.TENSOR)
+    append(tail, SpanKind.TAIL)
+    return builder.build()
+
+
+def starts_of(extents):
+    return [extent.offset for extent in extents if extent.first]
+
+
+def test_reading_only_the_header_plans_nothing():
+    """Loaders look at the headers of every shard first, and many tools at nothing else."""
+    for header in (100, 10_000, 1_000_000):
+        extents = file_of(header, [8 * MIB, 8 * MIB])
+        for sizes in ([8, header], [header], [4096] * (header // 4096 + 1)):
+            ahead, offset = ReadAhead(extents), 0
+            for size in sizes:
+                assert ahead.on_read(offset, size) is None
+                offset += size
+
+
+def test_a_small_file_plans_nothing_but_itself():
+    for size in (0, 1, 100, 4096):
+        ahead = ReadAhead(file_of(0, [size]))
+        window = ahead.on_read(0, REQUEST)
+        assert window is None or window.stop <= size
+
+
+def test_a_reader_from_front_to_back_is_followed_to_the_end():
+    extents = file_of(5000, [7 * MIB + 13, 30 * MIB, 3 * MIB])
+    ahead, offset, planned = ReadAhead(extents), 0, set()
+    while offset < extents.size:
+        window = ahead.on_read(offset, REQUEST)
+        if window is not None:
+            planned |= set(range(window.start // PAGE_BYTES, -(-window.stop // PAGE_BYTES)))
+            if window.trip is not None:
+                planned -= set(
+                    range(window.trip // PAGE_BYTES, (window.trip + TRIPWIRE_BYTES) // PAGE_BYTES)
+                )
+        offset += REQUEST
+        # What is there already is not asked for: the reader's next miss is the next hole.
+        while offset < extents.size and offset // PAGE_BYTES in planned:
+            offset += PAGE_BYTES
+    assert len(planned) * PAGE_BYTES > extents.size // 2
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 3])
+def test_a_read_at_the_start_of_a_tensor_plans_within_it(tensor):
+    extents = file_of(5000, [4 * MIB + 8, 6 * MIB, 5 * MIB + 4, 9 * MIB])
+    starts = [*starts_of(extents), extents.size]
+    start, stop = starts[tensor + 1], starts[tensor + 2]
+    window = ReadAhead(extents).on_read(start // PAGE_BYTES * PAGE_BYTES, REQUEST)
+    assert start <= window.start < window.stop <= stop
+
+
+def test_a_read_in_the_middle_touches_its_fragment_and_no_more():
+    extents = file_of(4096, [64 * MIB])
+    for offset in (9 * MIB + 4096, 30 * MIB, 63 * MIB):
+        window = ReadAhead(extents).on_read(offset, 4096)
+        extent = extents[extents.index_at(offset)]
+        assert extent.offset <= window.start < window.stop <= extent.offset + extent.size
+
+
+def test_random_touches_grow_no_windows():
+    extents = file_of(4096, [512 * MIB])
+    ahead = ReadAhead(extents)
+    for index in range(200):
+        offset = (index * 7919 % 125) * 4 * MIB + 2 * MIB
+        window = ahead.on_read(offset, 4096)
+        assert window is None or window.stop - window.start <= MIB
+
+
+READS = st.lists(
+    st.tuples(st.integers(0, 1 << 26), st.sampled_from([1, 4096, 131072, 1 << 20]), st.booleans()),
+    max_size=60,
+)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(0, 2 * MIB),
+    st.lists(st.integers(1, 9 * MIB), max_size=6),
+    st.sampled_from([30_000, MIB, 2 * MIB]),
+    st.integers(0, 9000),
+    READS,
+)
+def test_windows_are_pages_within_the_file_and_never_planned_twice(
+    header, tensors, fragment_bytes, tail, reads
+):
+    """Any reads, also beyond the end; a read that follows its predecessor is one in two."""
+    extents = file_of(header, tensors, fragment_bytes, tail)
+    ahead, planned, end = ReadAhead(extents), [], 0
+    for offset, size, follows in reads:
+        at = end if follows else offset % (extents.size + REQUEST)
+        end = at + size
+        window = ahead.on_read(at, size)
+        if window is None:
+            continue
+        assert 0 <= window.start < window.stop <= extents.size
+        assert window.start % PAGE_BYTES == 0
+        assert window.stop % PAGE_BYTES == 0 or window.stop == extents.size
+        if window.trip is not None:
+            assert window.trip % PAGE_BYTES == 0
+            assert window.start <= window.trip
+            assert window.trip + TRIPWIRE_BYTES <= window.stop
+        if window.stream is not None:
+            for before in planned:
+                if before.stream is window.stream:
+                    assert window.start >= before.stop or window.stop <= before.start
+            planned.append(window)
