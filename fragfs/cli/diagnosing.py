@@ -81,7 +81,7 @@ def doctor_command(
 
 def _is_gone(diagnosis: Diagnosis) -> bool:
     """Whether none of the mounts that were looked at is left."""
-    from fragfs.mount.unmount import is_mounted
+    from fragfs.mount.table import is_mounted
 
     return not any(is_mounted(facts.entry) for facts in diagnosis.mounts)
 

@@ -30,8 +30,8 @@ from fragfs.mount.logs import logging_to
 from fragfs.mount.operations import MountOperations, Ownership
 from fragfs.mount.options import MountOptions
 from fragfs.mount.reading import MountReading, raise_read_ahead
-from fragfs.mount.table import SOURCE_NAME, MountEntry, find_mount
-from fragfs.mount.unmount import detach, is_mounted
+from fragfs.mount.table import SOURCE_NAME, MountEntry, find_mount, is_mounted
+from fragfs.mount.unmount import detach
 from fragfs.mount.users import describe_users, find_users
 from fragfs.mount.view import TreeView
 from fragfs.mount.watch import CatalogWatcher, StaleName

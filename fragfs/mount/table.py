@@ -19,6 +19,7 @@ __all__ = [
     "MountEntry",
     "canonical_mountpoint",
     "find_mount",
+    "is_mounted",
     "name_warning",
     "parse_mountinfo",
     "read_mount_table",
@@ -130,6 +131,14 @@ def find_mount(mountpoint: Path) -> MountEntry | None:
         if entry.mountpoint == mountpoint:
             found = entry
     return found
+
+
+def is_mounted(entry: MountEntry) -> bool:
+    """Whether this very mount, not another at the same place, is still in the mount table."""
+    return any(
+        other.mount_id == entry.mount_id and other.device == entry.device
+        for other in read_mount_table()
+    )
 
 
 def name_warning(mountpoint: Path) -> str | None:

@@ -16,11 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fragfs.errors import NotFoundError, StorageError, UsageError
+from fragfs.mount.abort import abort_connection
 from fragfs.mount.probe import MountState, probe_mount
-from fragfs.mount.table import MountEntry, canonical_mountpoint, find_mount, read_mount_table
+from fragfs.mount.table import (
+    MountEntry,
+    canonical_mountpoint,
+    find_mount,
+    is_mounted,
+    read_mount_table,
+)
 from fragfs.mount.users import MountUser, describe_users, find_servers, find_users
 
-__all__ = ["UnmountReport", "detach", "fragfs_mounts", "is_mounted", "unmount"]
+__all__ = ["UnmountReport", "detach", "fragfs_mounts", "unmount"]
 
 _POLL_S = 0.02
 _PROBE_S_MAX = 2.0
@@ -44,14 +51,6 @@ class UnmountReport:
 def fragfs_mounts() -> list[MountEntry]:
     """Every fragfs mount this process sees, in the order of the mount table."""
     return [entry for entry in read_mount_table() if entry.is_fragfs]
-
-
-def is_mounted(entry: MountEntry) -> bool:
-    """Whether this very mount, not another at the same place, is still in the mount table."""
-    return any(
-        other.mount_id == entry.mount_id and other.device == entry.device
-        for other in read_mount_table()
-    )
 
 
 def unmount(
@@ -161,9 +160,8 @@ def _run_fusermount(mountpoint: Path, flags: tuple[str, ...], timeout_s: float) 
 
 
 def _abort(entry: MountEntry) -> None:
-    """End the connection: through the control file system if there is one, else the daemon."""
-    with contextlib.suppress(OSError):  # not mounted in most containers; only for root elsewhere
-        Path(f"/sys/fs/fuse/connections/{entry.minor}/abort").write_text("1")
+    """End the connection: have the kernel do it if this user may, else end the daemon."""
+    if abort_connection(entry):
         return
     servers = find_servers(entry)
     if not servers:
