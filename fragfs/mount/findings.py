@@ -509,7 +509,7 @@ def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
         yield Finding(
             Severity.PROBLEM,
             "prefill",
-            "off: the process that stores pages has ended",
+            "off: the process that stores pages keeps ending",
             "see the log; mount it again",
         )
     else:

@@ -11,6 +11,7 @@ without stores, then with them, and they go on if they pay. Decoding ahead goes 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import socket
@@ -32,7 +33,7 @@ from fragfs.reader.fetch import FragmentFetcher
 from fragfs.reader.plan import plan_read
 from fragfs.types import FragmentMetadata
 
-__all__ = ["Prefill", "PrefillStatistics", "Pusher"]
+__all__ = ["Prefill", "PrefillStatistics", "Pusher", "PusherProcess", "start_pusher"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ _CONTENTS_MAX = 256
 _MEMORY_BYTES_MIN = 256 << 20
 _MEMORY_KEPT_S = 0.25
 _END_S_MAX = 0.5
+_RESTART_S = 0.05
+_RESTARTS_MAX = 8
+"""Deaths in a row, without a store in between, after which no process is started any more."""
+
 _DEVICE = "/dev/fuse"
 
 
@@ -67,103 +72,178 @@ class PrefillStatistics:
     push_ns: int
 
 
+class PusherProcess:
+    """A pusher that was started.
+
+    Attributes:
+        process: The process.
+        channel: Where it takes stores and says what became of them.
+        lifeline: Only this process could write into it: its end is how the guard knows of ours.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], channel: socket.socket, lifeline: io.FileIO
+    ) -> None:
+        self.process = process
+        self.channel = channel
+        self.lifeline = lifeline
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Whether it ends in time; blocks until then."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
 class Pusher:
-    """The pusher process of one mount. All methods belong to the event loop's thread.
+    """The pusher process of one mount, started again if it dies.
+
+    All methods belong to the event loop's thread.
 
     Args:
         options: What it is told.
+        start: Starts one.
 
     Raises:
         OSError: The system refused to start it.
     """
 
-    def __init__(self, options: PusherOptions) -> None:
+    def __init__(
+        self,
+        options: PusherOptions,
+        start: Callable[[PusherOptions], PusherProcess] | None = None,
+    ) -> None:
+        self._options = options
+        self._start = start or start_pusher
         self._waiting: deque[trio.Event] = deque()
+        self._restarts = 0
         self.bytes = 0
         self.failed = 0
         self.push_ns = 0
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        device = _find_device()
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "fragfs.mount.pusher",
-                    str(theirs.fileno()),
-                    str(device),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), device),
-                cwd="/",
-            )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write(options.to_json().encode())
-        ours.setblocking(False)
-        self._channel = ours
         self._slots = trio.CapacityLimiter(_STORES_IN_FLIGHT)
+        self._now: PusherProcess | None = self._start(options)
+        self._last_pid = self._now.process.pid
         self.is_alive = True
+        """False once it has died too often, or the mount ends; true while one is started again."""
 
     @property
     def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
+        """Its process id: of the last one, if none runs now."""
+        return self._last_pid
 
     async def store(self, inode: int, offset: int, parts: list[StorePart]) -> None:
         """Have bytes stored into the page cache; returns when the pusher has taken them on."""
         done = trio.Event()
         await self._slots.acquire_on_behalf_of(done)
-        if not self.is_alive:
+        now = self._now
+        if now is None:
             self._slots.release_on_behalf_of(done)
             return
         self._waiting.append(done)
-        try:
-            self._channel.send(pack_store(inode, offset, parts))
-        except OSError as error:
-            log.warning("the pusher process does not take stores any more: %s", error)
-            self._fail()
+        # So few short messages never fill a socket's buffer. Who takes the replies notices a dead
+        # process, and gives the slots back.
+        with contextlib.suppress(OSError):
+            now.channel.send(pack_store(inode, offset, parts))
 
-    async def receive(self) -> None:
-        """Take the pusher's replies until it ends."""
-        while self.is_alive:
-            await trio.lowlevel.wait_readable(self._channel)
+    async def run(self) -> None:
+        """Take the process's replies, and start another when it ends, until that is no use."""
+        while (now := self._now) is not None:
+            await self._receive(now.channel)
+            self._now = None
+            while self._waiting:
+                self._slots.release_on_behalf_of(self._waiting.popleft())
+            now.channel.close()
+            now.process.kill()
+            # Only now: a guard that sees the end of this process before that of its own would abort
+            # a connection that works.
+            # It may still wait for a page that this process is to answer.
+            await trio.to_thread.run_sync(
+                now.process.wait, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True
+            )
+            now.lifeline.close()
+            self._restarts += 1
+            log.warning("the pusher process (%d) has ended", self._last_pid)
+            if self._restarts <= _RESTARTS_MAX and self.is_alive:
+                await trio.sleep(_RESTART_S * self._restarts)
+                self._restart()
+        self.is_alive = False
+        log.error("the pusher process keeps ending: no prefill until the next mount")
+
+    def _restart(self) -> None:
+        if self.is_alive:
             try:
-                data = self._channel.recv(PUSHED.size)
+                self._now = self._start(self._options)
+            except OSError as error:
+                log.error("cannot start the process that stores: %s", error)
+            else:
+                self._last_pid = self._now.process.pid
+
+    async def _receive(self, channel: socket.socket) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(channel)
+            try:
+                data = channel.recv(PUSHED.size)
             except BlockingIOError:
                 continue
             except OSError:
-                data = b""
-            if not data:
-                log.warning("the pusher process has ended: no prefill until the next mount")
-                self._fail()
                 return
+            if not data:
+                return
+            self._restarts = 0
             stored, error, elapsed_ns = PUSHED.unpack(data)
             self.bytes += stored
             self.push_ns += elapsed_ns
             self.failed += bool(error)
             self._slots.release_on_behalf_of(self._waiting.popleft())
 
-    def _fail(self) -> None:
-        self.is_alive = False
-        while self._waiting:
-            self._slots.release_on_behalf_of(self._waiting.popleft())
-
     def close(self) -> None:
-        """Tell the process to end; if it hangs in a store, closing the socket ends it."""
+        """Tell the process to end; if it hangs in a store or was stopped, its guard ends it."""
         self.is_alive = False
+        now, self._now = self._now, None
+        if now is None:
+            return
         with contextlib.suppress(OSError):
-            self._channel.send(b"end")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_S_MAX)
-        self._channel.close()
-        try:
-            self._process.wait(_END_S_MAX)
-        except subprocess.TimeoutExpired:
-            # It was stopped: while it holds the device, readers would wait for a daemon that ends.
-            self._process.kill()
+            now.channel.send(b"end")
+        has_ended = now.has_ended(_END_S_MAX)
+        # While it holds the device, readers would wait for a daemon that ends.
+        now.lifeline.close()
+        if not has_ended and not now.has_ended(_END_S_MAX):
+            now.process.kill()
+        now.channel.close()
+
+
+def start_pusher(options: PusherOptions) -> PusherProcess:
+    """Start a pusher: a new program, so that it inherits no lock, thread or SQLite connection.
+
+    Raises:
+        OSError: The system refused.
+    """
+    device = _find_device()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lifeline_out, lifeline_in = os.pipe()
+    descriptors = (theirs.fileno(), device, lifeline_out)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fragfs.mount.pusher", *map(str, descriptors)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            cwd="/",
+        )
+    except BaseException:
+        os.close(lifeline_in)
+        ours.close()
+        raise
+    finally:
+        os.close(lifeline_out)
+        theirs.close()
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(options.to_json().encode())
+    ours.setblocking(False)
+    return PusherProcess(process, ours, io.FileIO(lifeline_in, "w"))
 
 
 @dataclass(slots=True)

@@ -6,8 +6,7 @@ because a store needs a core: in a thread it would share the interpreter with th
 A store waits while the kernel reads one of its pages, and what the kernel reads the daemon answers.
 So the daemon never waits for a store, and the pusher never decodes. When the daemon dies, the page
 may stay locked for ever, and the pusher with it, holding the device that keeps every reader
-waiting: its second thread therefore aborts the connection as soon as the daemon's end of the socket
-is closed.
+waiting: a process of its own therefore aborts the connection then (`guard`).
 
 Source: Linux `include/uapi/linux/fuse.h`, `FUSE_NOTIFY_STORE`; `fs/fuse/dev.c`,
 `fuse_notify_store`.
@@ -20,12 +19,10 @@ import errno
 import fcntl
 import json
 import os
-import select
 import signal
 import socket
 import struct
 import sys
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -34,7 +31,7 @@ from pathlib import Path
 
 from fragfs.cache.place import CachePlace
 from fragfs.cache.shared import FragmentFile, SharedFragmentCache
-from fragfs.mount.abort import abort_connection
+from fragfs.mount.guard import start_guard
 from fragfs.mount.table import MountEntry
 from fragfs.reader.ahead import PAGE_BYTES
 from fragfs.types import FragmentId
@@ -229,38 +226,26 @@ class _Pusher:
         return file
 
 
-def _watch(channel: int, entry: MountEntry) -> None:
-    """Wait until the daemon is gone, and free whoever waits for it."""
-    poll = select.poll()
-    poll.register(channel, select.POLLRDHUP)
-    while True:
-        for _, event in poll.poll():
-            if event & (select.POLLHUP | select.POLLRDHUP | select.POLLERR | select.POLLNVAL):
-                abort_connection(entry)
-                os._exit(0)
-
-
 def main(arguments: list[str]) -> int:
     """Store what is asked for until an empty message comes; returns the exit status."""
-    channel, device = int(arguments[0]), int(arguments[1])
-    for descriptor in (channel, device):
+    channel, device, lifeline = map(int, arguments)
+    for descriptor in (channel, device, lifeline):
         os.set_inheritable(descriptor, False)
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         # The daemon ends first, and it needs this process until then.
         signal.signal(ignored, signal.SIG_IGN)
     options = PusherOptions.from_json(sys.stdin.read())
-    threading.Thread(target=_watch, args=(channel, options.entry), daemon=True).start()
+    guard = start_guard(options.entry, device, lifeline)
+    if guard is None:
+        return 0
     messages = socket.socket(fileno=channel)
     pusher = _Pusher(device, SharedFragmentCache(options.place))
-    try:
+    with contextlib.suppress(OSError):  # the daemon is gone
         while len(message := messages.recv(_MESSAGE_BYTES_MAX)) >= _STORE.size:
             messages.send(pusher.store(message))
-    except OSError:
-        threading.Event().wait()  # the daemon is gone: the other thread ends this process
-    if message:
-        os._exit(0)  # told to end: the connection is the daemon's to close
-    threading.Event().wait()
-    return 1
+    os.close(device)
+    guard.end()
+    return 0
 
 
 if __name__ == "__main__":

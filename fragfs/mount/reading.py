@@ -87,7 +87,7 @@ class MountReading:
             except OSError as error:
                 log.warning("no prefill: cannot start the process that stores: %s", error)
             else:
-                self._nursery.start_soon(self._pusher.receive)
+                self._nursery.start_soon(self._pusher.run)
         else:
             log.warning(
                 "no prefill: this user may not abort the connection of %s, so a crash of this"

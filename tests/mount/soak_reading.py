@@ -5,6 +5,7 @@ half a minute of it. What must hold: no wrong byte, no reader that hangs, reader
 daemon lives see no error, and in the end no process, no mount and no file of the cache is left.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -191,15 +192,19 @@ class _Soak:
         self.counts["decoder"] += 1
 
     def _kill_pusher(self):
-        # A mount has one in its life; the one that is killed gets another with its next mount.
-        _, pusher = helpers_of(self._points[1])
+        _, pusher = helpers_of(self._points[self._random.randrange(2)])
         if pusher and is_alive(pusher):
             os.kill(pusher, signal.SIGKILL)
             self.counts["pusher"] += 1
 
     def _kill_mount(self):
         helpers = self._helpers(1)
-        os.kill(self._pids[1], signal.SIGKILL)
+        _, pusher = helpers_of(self._points[1])
+        together = [pusher, self._pids[1]] if pusher and is_alive(pusher) else [self._pids[1]]
+        # Both, in either order, or the daemon alone.
+        for pid in self._random.choice((together, together[::-1], together[-1:])):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(is_alive(pid) for pid in (self._pids[1], *helpers)), 20)
         self._mount(1)
         self.counts["mount"] += 1

@@ -244,7 +244,7 @@ def test_a_damaged_cache_is_a_problem_of_its_own():
         ({}, Severity.OK, "on: 9 B stored"),
         ({"prefill": PREFILL | {"failed_stores": 4}}, Severity.OK, "4 refused"),
         ({"prefill": PREFILL | {"pid": None}}, Severity.ADVICE, "may not abort"),
-        ({"prefill": PREFILL | {"alive": False}}, Severity.PROBLEM, "has ended"),
+        ({"prefill": PREFILL | {"alive": False}}, Severity.PROBLEM, "keeps ending"),
         ({"prefill": None}, Severity.OK, "as --no-prefill says"),
         ({"prefill": None, "cache": None}, Severity.OK, "for want of a fragment cache"),
     ],

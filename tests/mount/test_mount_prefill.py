@@ -307,12 +307,21 @@ def test_helpers_are_killed_while_they_work_and_nobody_notices(mounts, made, vic
     unmount(report.mountpoint)
 
 
-@pytest.mark.parametrize("victim", ["daemon", "decoders and daemon", "helpers first"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "daemon",
+        "decoders and daemon",
+        "pusher and daemon",
+        "daemon and pusher",
+        "daemon, with a stopped pusher",
+        "helpers first",
+    ],
+)
 def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
     """No helper and no reader outlives it by more than a moment, and the mount clears.
 
-    None reads with MAP_POPULATE: see `readers.py`. A pusher that is killed in the same moment as
-    the daemon may wait for a page for ever, and readers with it: not held, see REQUIREMENTS.md.
+    None reads with MAP_POPULATE: see `readers.py`.
     """
     report = mounts(made[0], cache_bytes_max=8 << 20)
     reading = [
@@ -324,12 +333,22 @@ def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
     decoders, pusher = helpers_of(report.mountpoint)
     assert decoders
     helpers = [*decoders, *([pusher] if pusher else [])]
-    first = {"daemon": [], "decoders and daemon": decoders, "helpers first": helpers}[victim]
-    for pid in first:
+    if "pusher" in victim and pusher is None:
+        pytest.skip("this user may not abort connections: there is no pusher")
+    if "stopped" in victim:
+        os.kill(pusher, signal.SIGSTOP)
+        time.sleep(0.2)
+    killed = {
+        "decoders and daemon": [*decoders, report.pid],
+        "pusher and daemon": [pusher, report.pid],
+        "daemon and pusher": [report.pid, pusher],
+        "helpers first": helpers,
+    }.get(victim, [report.pid])
+    for pid in killed:
         os.kill(pid, signal.SIGKILL)
     if victim == "helpers first":
         wait_until(lambda: no_helpers_left(helpers), 15)
-    os.kill(report.pid, signal.SIGKILL)
+        os.kill(report.pid, signal.SIGKILL)
     # Within a second on an idle machine.
     took = wait_until(lambda: no_helpers_left([report.pid, *helpers]), 15)
     ended = [finish(reader, 30) for reader in reading]
@@ -343,6 +362,31 @@ def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
     # The next mount takes over what the killed one left in shared memory.
     again = mounts(made[0], report.mountpoint, cache_bytes_max=8 << 20)
     read_all("map", again.mountpoint, made[1])
+
+
+def test_a_pusher_that_is_killed_is_reaped_and_another_one_stores(mounts, made):
+    report = mounts(made[0], cache_bytes_max=256 << 20)
+    for _ in range(3):
+        _, pusher = helpers_of(report.mountpoint)
+        if pusher is None:
+            pytest.skip("this user may not abort connections: there is no pusher")
+        os.kill(pusher, signal.SIGKILL)
+        # Not a zombie either.
+        wait_until(lambda pid=pusher: not os.path.exists(f"/proc/{pid}"), 15)
+        wait_until(lambda pid=pusher: helpers_of(report.mountpoint)[1] != pid, 15)
+        before = status = read_status(report.mountpoint)["prefill"]
+        assert before["alive"]
+        deadline = time.monotonic() + 60
+        # Reading everything may be over by the time that a process has started.
+        while status["pushed_bytes"] == before["pushed_bytes"]:
+            assert time.monotonic() < deadline
+            drop_pages(report.mountpoint)
+            read_all("map sequential", report.mountpoint, made[1])
+            status = read_status(report.mountpoint)["prefill"]
+        assert status["pid"] == before["pid"]
+    last = status["pid"]
+    unmount(report.mountpoint)
+    wait_until(lambda: no_helpers_left([report.pid, last]), 15)
 
 
 def test_stopped_decoders_hang_nobody(mounts, made):
