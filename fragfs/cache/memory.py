@@ -109,6 +109,13 @@ class MemoryFragmentCache(Generic[Held]):
                 self._bytes_held -= evicted.nbytes
                 self._evictions += 1
 
+    def drop(self, number: int) -> None:
+        """Let go of a fragment, if it is held."""
+        with self._lock:
+            raw = self._fragments.pop(number, None)
+            if raw is not None:
+                self._bytes_held -= raw.nbytes
+
     def statistics(self) -> MemoryCacheStatistics:
         """The counters at one instant."""
         with self._lock:

@@ -191,12 +191,15 @@ class SharedFragmentCache:
 
     # --- reading
 
-    def get(self, fragment: FragmentId, raw_size: int) -> FragmentFile | None:
+    def get(
+        self, fragment: FragmentId, raw_size: int, *, check: bool = False
+    ) -> FragmentFile | None:
         """A fragment, or None.
 
         Args:
             fragment: Its id.
             raw_size: Its length: a file of another length is not it.
+            check: Check its bytes, whatever the cache was told.
         """
         path = os.path.join(self._path, file_name(fragment))
         try:
@@ -205,7 +208,7 @@ class SharedFragmentCache:
             self._misses += 1
             return None
         try:
-            is_right = self._is_right(file, fragment)
+            is_right = self._is_right(file, fragment, check=check)
         except (FragmentError, OSError, ValueError):
             is_right = False
         if not is_right:
@@ -213,6 +216,16 @@ class SharedFragmentCache:
             return None
         self._hits += 1
         return file
+
+    def recheck(self, file: FragmentFile, fragment: FragmentId) -> bool:
+        """Whether a file that was opened before has the right bytes now; if not, it is removed."""
+        try:
+            is_right = self._is_right(file, fragment, check=True)
+        except (FragmentError, OSError, ValueError):
+            is_right = False
+        if not is_right:
+            self._drop_damaged(os.path.join(self._path, file_name(fragment)))
+        return is_right
 
     def holds(self, fragment: FragmentId) -> bool:
         """Whether a fragment is there; it may leave at any moment."""
@@ -234,7 +247,7 @@ class SharedFragmentCache:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self._path, file_name(fragment)))
 
-    def _is_right(self, file: FragmentFile, fragment: FragmentId) -> bool:
+    def _is_right(self, file: FragmentFile, fragment: FragmentId, *, check: bool) -> bool:
         size = file.nbytes
         if os.fstat(file.fileno()).st_size != size + FOOTER.size:
             return False
@@ -244,7 +257,7 @@ class SharedFragmentCache:
             return False
         # The hash of a fragment in memory costs a tenth of storing it into the page cache: too
         # much for every one of them, and what memory forgets, the page cache would forget as well.
-        if not self._check_all and self._hits % _CHECK_ONE_IN:
+        if not (check or self._check_all) and self._hits % _CHECK_ONE_IN:
             return True
         return bool(xxhash.xxh3_64_intdigest(file.view()) == checksum)
 

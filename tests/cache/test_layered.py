@@ -98,3 +98,52 @@ def test_what_was_served_leaves_first_then_what_was_not_and_bases_last(shared):
         shared.trim(int(kept * (SIZE + 56) / 0.9) + 1)
         left += [n for n in before if not shared.holds(identify(n).id)]
     assert left == [3, 4, 1, 2, BASE]
+
+
+def damage(shared, number):
+    """Change a byte in place, as bad memory does: what is mapped or open shows it."""
+    with open(shared.place.directory / file_name(identify(number).id), "r+b") as file:
+        file.seek(100)
+        byte = file.read(1)
+        file.seek(100)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["not held", "held", "mapped"])
+def test_a_damaged_base_is_decoded_again_not_decoded_with(tmp_path, how):
+    """In memory, where most reads are not checked; every single one must be noticed."""
+    shared = SharedFragmentCache(place_at(tmp_path / "place", in_memory=True), check_all=False)
+    cache = layered(shared)
+    for number in range(8):
+        cache.publish(identify(number), raw_of(number, SIZE))
+    shared.get(identify(0).id, SIZE)
+    for number in range(1, 8):
+        shared._check_all = False  # each for itself: after the first one all are checked
+        if how != "not held":
+            assert cache.find(number) is not None
+        if how == "mapped":
+            assert cache.get(number) == raw_of(number, SIZE)
+        damage(shared, number)
+        assert cache.get(number) is None
+        assert not cache.holds(number)
+    assert shared.statistics().damaged == 7
+    shared.close()
+
+
+def test_a_damaged_small_fragment_is_never_held(tmp_path):
+    small = 1000
+
+    def identify_small(number):
+        return FragmentMetadata(number, fragment_of(raw_of(number, small)), 1, 0, 10, small, 0)
+
+    shared = SharedFragmentCache(place_at(tmp_path / "place", in_memory=True), check_all=False)
+    cache = LayeredFragmentCache(identify_small, lambda _: 0, MemoryFragmentCache(1 << 20), shared)
+    for number in (1, 2):
+        cache.publish(identify_small(number), raw_of(number, small))
+    assert cache.get(1) == raw_of(1, small)
+    path = shared.place.directory / file_name(identify_small(2).id)
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    assert cache.find(2) is None
+    shared.close()
