@@ -57,13 +57,14 @@ class FetchStatistics:
 class _Flight:
     """One decode under way and what came of it."""
 
-    __slots__ = ("decode", "done", "error", "is_urgent", "raw", "waits_for")
+    __slots__ = ("decode", "done", "error", "in_thread", "is_urgent", "raw", "waits_for")
 
-    def __init__(self, *, is_urgent: bool) -> None:
+    def __init__(self, *, is_urgent: bool, in_thread: bool) -> None:
         self.done = trio.Event()
         self.raw: memoryview | FragmentFile | None = None
         self.error: BaseException | None = None
         self.is_urgent = is_urgent
+        self.in_thread = in_thread
         self.decode: Decode | None = None
         self.waits_for: tuple[int, ...] = ()
 
@@ -159,23 +160,25 @@ class FragmentFetcher:
         found = self._cache.find(number)
         if found is not None:
             return found
-        flight = self._flights.get(number)
-        if flight is None:
-            flight = self._start(number, urgent=True)
-        else:
-            self._joins += 1
-            self._hurry(flight)
-        await flight.done.wait()
-        if flight.error is not None:
-            # Waiters share the exception; a traceback that grew with each would never end.
-            raise flight.error.with_traceback(None)
-        if flight.raw is None:
-            # Decoded by a process, and only asked for by now.
-            flight.raw = self._cache.find(number)
-        if flight.raw is None:
-            # It left a small cache in between.
-            flight.raw = await self._in_thread(number)
-        return flight.raw
+        has_left = False
+        while True:
+            flight = self._flights.get(number)
+            if flight is None:
+                flight = self._start(number, urgent=True, in_thread=has_left)
+            else:
+                self._joins += 1
+                self._hurry(flight)
+            await flight.done.wait()
+            if flight.error is not None:
+                # Waiters share the exception; a traceback that grew with each would never end.
+                raise flight.error.with_traceback(None)
+            if flight.raw is None:
+                # Decoded by a process, and only asked for by now.
+                flight.raw = self._cache.find(number)
+            if flight.raw is not None:
+                return flight.raw
+            # It left a small cache in between: all who waited share one decode whose bytes stay.
+            has_left = True
 
     def statistics(self) -> FetchStatistics:
         """The counters now."""
@@ -188,9 +191,9 @@ class FragmentFetcher:
             workers=int(self._limiter.total_tokens),
         )
 
-    def _start(self, number: int, *, urgent: bool) -> _Flight:
+    def _start(self, number: int, *, urgent: bool, in_thread: bool = False) -> _Flight:
         # No await between the look at _flights and this: that is what makes the flight single.
-        flight = self._flights[number] = _Flight(is_urgent=urgent)
+        flight = self._flights[number] = _Flight(is_urgent=urgent, in_thread=in_thread)
         self._nursery.start_soon(self._fly, number, flight)
         return flight
 
@@ -202,7 +205,7 @@ class FragmentFetcher:
 
     async def _fly(self, number: int, flight: _Flight) -> None:
         try:
-            if not await self._in_process(number, flight):
+            if flight.in_thread or not await self._in_process(number, flight):
                 flight.raw = await self._in_thread(number)
         except Exception as error:
             flight.error = error

@@ -285,6 +285,32 @@ async def test_what_left_between_done_and_get_is_decoded_again(
     assert threads.started == [1]
 
 
+async def test_all_who_waited_for_what_left_share_one_decode(cache, threads, nursery, shared):
+    gate = trio.Event()
+
+    async def answer(job):
+        await gate.wait()
+        reply = publish(cache, job.number)
+        shared.trim(0)
+        return reply
+
+    fetcher, pool = fetcher_of(cache, threads, nursery, answer)
+    raws = []
+
+    async def ask():
+        raws.append(bytes_of(await fetcher.fetch(1)))
+
+    async with trio.open_nursery() as asking:
+        for _ in range(20):
+            asking.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+    assert raws == [raw_of(1, SIZE)] * 20
+    assert threads.started == [1]
+    assert pool.asked() == [1]
+    assert fetcher.statistics().flights == 0
+
+
 async def test_bases_that_leave_as_fast_as_they_come_are_decoded_with_the_fragment(
     cache, threads, nursery, shared
 ):
