@@ -119,6 +119,7 @@ def test_a_damaged_base_is_decoded_again_not_decoded_with(tmp_path, how):
     shared.get(identify(0).id, SIZE)
     for number in range(1, 8):
         shared._check_all = False  # each for itself: after the first one all are checked
+        os.truncate(shared.place.directory / ".claims", 0)
         if how != "not held":
             assert cache.find(number) is not None
         if how == "mapped":

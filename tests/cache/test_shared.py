@@ -574,3 +574,23 @@ def test_threads_that_put_get_and_trim_see_whole_fragments(directory):
     assert failures == []
     assert cache.statistics().damaged == 0
     cache.close()
+
+
+def test_who_finds_a_damaged_file_warns_all_who_share_the_place(tmp_path):
+    place = place_at(tmp_path / "place", in_memory=True)
+    one, two = SharedFragmentCache(place), SharedFragmentCache(place)
+    raws = [raw_of(number) for number in range(4)]
+    for raw in raws:
+        assert one.put(fragment_of(raw), raw)
+    assert two.get(fragment_of(raws[0]), len(raws[0]))
+    for raw in raws[1:]:
+        path = place.directory / file_name(fragment_of(raw))
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+    assert one.get(fragment_of(raws[1]), len(raws[1])) is None
+    for raw in raws[2:]:
+        assert two.get(fragment_of(raw), len(raw)) is None
+    assert (one.statistics().damaged, two.statistics().damaged) == (1, 2)
+    one.close()
+    two.close()
