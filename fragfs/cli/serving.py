@@ -73,9 +73,9 @@ _READ_AHEAD_DEFAULT_KB = 128
 @click.option(
     "--read-ahead",
     "read_ahead_kb",
-    type=click.IntRange(4, 1 << 20),
+    type=click.IntRange(0, 1 << 20),
     metavar="KIB",
-    help="How far the kernel reads ahead; for root. [default: what the system says]",
+    help="How far the kernel reads ahead; only root may say. 0 leaves it. [default: 1024]",
 )
 @click.option(
     "--log-file",
@@ -125,7 +125,7 @@ def mount_command(
     words = parse_fstab_options(",".join(option_list))
     if words.writable:
         raise UsageError("a library is mounted read-only", remedy="leave out 'rw'")
-    from fragfs.mount.options import MountOptions
+    from fragfs.mount.options import READ_AHEAD_KB, MountOptions
 
     options = MountOptions(
         library=words.library.absolute() if words.library else session.library_path,
@@ -141,7 +141,7 @@ def mount_command(
         cache_directory=cache_dir.absolute() if cache_dir else None,
         cache_on_disk=default_cache(),
         prefill=prefill,
-        read_ahead_kb=read_ahead_kb,
+        read_ahead_kb=READ_AHEAD_KB if read_ahead_kb is None else read_ahead_kb or None,
         log_file=log_file.absolute() if log_file else None,
         verbose=session.debug,
         grace_s=grace_s,
@@ -201,7 +201,8 @@ def start_mount(options: MountOptions, *, quiet: bool, as_json: bool = False) ->
         shown = show_name(os.fsencode(report.mountpoint))
         typed = shlex.quote(shown)
         say(f"mounted on {shown}; end it with: fragfs umount {typed}")
-        if report.read_ahead_kb == _READ_AHEAD_DEFAULT_KB and options.read_ahead_kb is None:
+        was_wanted = options.read_ahead_kb is not None
+        if was_wanted and report.read_ahead_kb == _READ_AHEAD_DEFAULT_KB:
             say(f"  read-ahead is the kernel's default; see: fragfs doctor {typed}")
 
 

@@ -29,7 +29,7 @@ from fragfs.mount.inodes import InodeTable, KnownDirectory
 from fragfs.mount.logs import logging_to
 from fragfs.mount.operations import MountOperations, Ownership
 from fragfs.mount.options import MountOptions
-from fragfs.mount.reading import MountReading, raise_read_ahead
+from fragfs.mount.reading import MountReading
 from fragfs.mount.table import SOURCE_NAME, MountEntry, find_mount, is_mounted
 from fragfs.mount.unmount import detach
 from fragfs.mount.users import describe_users, find_users
@@ -46,6 +46,7 @@ _REQUESTS_MIN, _REQUESTS_MAX = 8, 512
 """Tasks that take requests. Each mapped page fault occupies one while its fragment is decoded, so
 there are more of them than threads a loader uses: a cached page must not wait for a decode."""
 
+_SETTLED_S = 0.5
 _STOP_WATCHING_S = 2.0
 _LAST_RESORT_S = 5.0
 
@@ -130,11 +131,10 @@ class _Daemon:
             operations = self._make_operations(reading)
             entry = self._mount(operations)
             try:
-                if self._options.read_ahead_kb is not None:
-                    raise_read_ahead(entry, self._options.read_ahead_kb)
                 reading.start(entry)
                 helpers.start_soon(self._obey_signals, signals, operations, entry)
                 helpers.start_soon(self._watch)
+                helpers.start_soon(self._raise_read_ahead, entry)
                 log.info("mounted %s on %s", self._options.library, entry.mountpoint)
                 on_ready()
                 await self._serve_requests()
@@ -195,6 +195,12 @@ class _Daemon:
                 if not isinstance(error, OSError) or error.errno not in _GONE:
                     raise
                 log.warning("the connection to the kernel was aborted")
+
+    async def _raise_read_ahead(self, entry: MountEntry) -> None:
+        """Who mounts in the background does it as well, as soon as the mount answers."""
+        await trio.sleep(_SETTLED_S)
+        if self._options.read_ahead_kb is not None:
+            entry.raise_read_ahead(self._options.read_ahead_kb)
 
     # --- changes of the catalog
 

@@ -18,7 +18,6 @@ from fragfs.errors import FragmentError, NotFoundError
 from fragfs.library.version import read_format_version
 from fragfs.mount.findings import (
     BACKGROUND_WANTED,
-    READ_AHEAD_WANTED_KB,
     Finding,
     MountFacts,
     Severity,
@@ -29,6 +28,7 @@ from fragfs.mount.findings import (
     wants_read_ahead,
 )
 from fragfs.mount.live import reachable_mounts
+from fragfs.mount.options import READ_AHEAD_KB
 from fragfs.mount.probe import MountAnswer, MountState, ask_mounts
 from fragfs.mount.table import (
     MountEntry,
@@ -183,8 +183,8 @@ def repair(
             done.append(_clear(facts.entry))
         if wants_read_ahead(facts):
             path = Path(f"/sys/class/bdi/{facts.entry.device}/read_ahead_kb")
-            text = f"read-ahead of {place}: {facts.read_ahead_kb} KiB to {READ_AHEAD_WANTED_KB} KiB"
-            done.append(_write(path, READ_AHEAD_WANTED_KB, text))
+            text = f"read-ahead of {place}: {facts.read_ahead_kb} KiB to {READ_AHEAD_KB} KiB"
+            done.append(_write(path, READ_AHEAD_KB, text))
         if wants_background(facts):
             text = f"background requests of {place}: {facts.max_background} to {BACKGROUND_WANTED}"
             done.append(_write(facts.entry.control / "max_background", BACKGROUND_WANTED, text))

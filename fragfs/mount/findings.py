@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fragfs.mount.options import READ_AHEAD_KB
 from fragfs.mount.probe import MountAnswer, MountState
 from fragfs.mount.table import MountEntry, name_warning
 from fragfs.types import LIBRARY_FORMAT_VERSION
@@ -22,7 +23,6 @@ __all__ = [
     "BACKGROUND_WANTED",
     "LOADERS",
     "READ_AHEAD_DEFAULT_KB",
-    "READ_AHEAD_WANTED_KB",
     "Finding",
     "MountFacts",
     "Severity",
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 READ_AHEAD_DEFAULT_KB = 128
-READ_AHEAD_WANTED_KB = 1024
 BACKGROUND_WANTED = 64
 
 _MEMORY_BYTES_MIN = 256 << 20
@@ -161,7 +160,7 @@ def wants_read_ahead(facts: MountFacts) -> bool:
     return (
         facts.answer.state is MountState.ANSWERS
         and facts.read_ahead_kb is not None
-        and facts.read_ahead_kb < READ_AHEAD_WANTED_KB
+        and facts.read_ahead_kb < READ_AHEAD_KB
         and facts.options.get("read_ahead_kb") != facts.read_ahead_kb
     )
 
@@ -392,17 +391,16 @@ def _read_ahead(facts: MountFacts, system: SystemFacts) -> Iterator[Finding]:
     place = shlex.quote(str(facts.entry.mountpoint))
     default = ", the kernel's default" if kb == READ_AHEAD_DEFAULT_KB else ""
     if system.is_root:
-        remedy = f"fragfs doctor --fix {place}, or mount with --read-ahead {READ_AHEAD_WANTED_KB}"
+        remedy = f"fragfs doctor --fix {place}, or mount with --read-ahead {READ_AHEAD_KB}"
     else:
         remedy = (
-            f"as root: echo {READ_AHEAD_WANTED_KB} >"
-            f" /sys/class/bdi/{facts.entry.device}/read_ahead_kb"
+            f"as root: echo {READ_AHEAD_KB} > /sys/class/bdi/{facts.entry.device}/read_ahead_kb"
         )
     yield Finding(
         Severity.ADVICE,
         "read-ahead",
         f"{kb} KiB{default}: programs that read() send requests of that size;"
-        f" {READ_AHEAD_WANTED_KB} KiB means fewer",
+        f" {READ_AHEAD_KB} KiB means fewer",
         remedy,
     )
 

@@ -90,6 +90,8 @@ def mount(options: MountOptions, *, timeout_s: float = 30.0) -> MountReport:
             except _Failed as failed:
                 raise _failure(failed.message, said) from None
     entry = find_mount(options.mountpoint)
+    if entry is not None and options.read_ahead_kb is not None:
+        entry.raise_read_ahead(options.read_ahead_kb)
     return MountReport(
         pid=pid,
         mountpoint=options.mountpoint,

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from fragfs.errors import UsageError
 
-__all__ = ["MountOptions"]
+__all__ = ["READ_AHEAD_KB", "MountOptions"]
+
+READ_AHEAD_KB = 1024
+"""Requests of 1 MiB, the most the kernel sends; by default they have 128 KiB."""
 
 _UMASK_DEFAULT = 0o222
 _PATHS = ("library", "mountpoint", "cache_directory", "cache_on_disk", "log_file")
@@ -34,7 +37,8 @@ class MountOptions:
         cache_directory: Where the fragment cache is; None is shared memory if it is large enough.
         cache_on_disk: Where it is if shared memory is too small.
         prefill: Store decoded fragments into the kernel's page cache ahead of readers.
-        read_ahead_kb: How far the kernel is to read ahead; None leaves what it is.
+        read_ahead_kb: How far the kernel is to read ahead, where this user may say so; None leaves
+            what it is.
         log_file: Where the daemon logs; None is syslog when daemonized, stderr in the foreground.
         verbose: Log more.
         grace_s: How long open files may be read on after a termination signal.
@@ -55,7 +59,7 @@ class MountOptions:
     cache_directory: Path | None = None
     cache_on_disk: Path | None = None
     prefill: bool = True
-    read_ahead_kb: int | None = None
+    read_ahead_kb: int | None = READ_AHEAD_KB
     log_file: Path | None = None
     verbose: bool = False
     grace_s: float = 30.0

@@ -4,8 +4,8 @@
 stored by the pusher process (`pusher`). A store is only begun when its fragments are published, and
 no request waits for one.
 
-A reader whom the kernel's own read-ahead serves better is left alone: each file is read a while
-without stores, then with them, and they go on if they pay. Decoding ahead goes on in any case.
+A reader whom the kernel's own read-ahead serves well, with requests of half a MiB and more, is only
+decoded ahead for: a store of as many pages costs more than such a request, and waits for its pages.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 
 from fragfs.cache.place import available_memory
 from fragfs.errors import FragmentError
-from fragfs.library.extents import OpenContent
+from fragfs.library.extents import ExtentMap, OpenContent
 from fragfs.mount.pusher import PARTS_MAX, PUSHED, PusherOptions, StorePart, pack_store
 from fragfs.reader.ahead import PAGE_BYTES, TRIPWIRE_BYTES, ReadAhead, Window
 from fragfs.reader.fetch import FragmentFetcher
@@ -45,6 +45,14 @@ the kernel then reads ahead, would make them wait."""
 
 _DECODES_AHEAD = 8
 _CONTENTS_MAX = 256
+_WIDE_BYTES = 512 << 10
+_NARROW_READS_MAX = 64
+"""Narrow requests in a row after which a file is stored for again: what is left between pages that
+are cached already is narrow as well."""
+
+_WINDOW_BYTES_MAX = 64 << 20
+_WINDOWS_PER_CACHE = 8
+
 _MEMORY_BYTES_MIN = 256 << 20
 _MEMORY_KEPT_S = 0.25
 _END_S_MAX = 0.5
@@ -252,9 +260,33 @@ class _Followed:
 
     content: OpenContent
     ahead: ReadAhead
-    windows: deque[Window] = field(default_factory=deque)
-    driver_count: int = 0
-    is_storing: bool = True
+    is_storing: bool
+    narrow_reads: int = 0
+
+
+class _Coming:
+    """The fragments of a window: each is begun once, some ahead of the one that is waited for."""
+
+    def __init__(self, extents: ExtentMap, window: Window, fetcher: FragmentFetcher) -> None:
+        self._extents = extents
+        self._fetcher = fetcher
+        self._next = extents.index_at(window.start)
+        self._end = extents.index_at(window.stop - 1) + 1
+        self._waiting: dict[int, int] = {}  # extent -> fragment that was not at hand
+
+    async def ready(self, start: int, stop: int) -> None:
+        """Wait until what covers a part of the window is decoded; parts come front to back."""
+        first = self._extents.index_at(start)
+        last = self._extents.index_at(stop - 1)
+        self._next = max(self._next, first)
+        while self._next < self._end and self._next <= last + _DECODES_AHEAD:
+            fragment = self._extents.fragments[self._next]
+            if not self._fetcher.begin_nowait(fragment, urgent=False):
+                self._waiting[self._next] = fragment
+            self._next += 1
+        for index in range(first, last + 1):
+            if index in self._waiting:
+                await self._fetcher.ready(self._waiting.pop(index))
 
 
 class Prefill:
@@ -267,6 +299,8 @@ class Prefill:
         identify: Where a fragment is stored, by number.
         pusher: What stores; None only decodes ahead.
         nursery: Where windows are worked on.
+        cache_bytes_max: Budget of the fragment cache: windows stay far below it.
+        read_ahead_kb: How far the kernel reads ahead on the mount; None if it does not say.
     """
 
     def __init__(
@@ -275,7 +309,11 @@ class Prefill:
         identify: Callable[[int], FragmentMetadata],
         pusher: Pusher | None,
         nursery: trio.Nursery,
+        cache_bytes_max: int,
+        read_ahead_kb: Callable[[], int | None],
     ) -> None:
+        self._read_ahead_kb = read_ahead_kb
+        self._window_bytes_max = min(_WINDOW_BYTES_MAX, cache_bytes_max // _WINDOWS_PER_CACHE)
         self._fetcher = fetcher
         self._identify = identify
         self.pusher = pusher
@@ -288,10 +326,18 @@ class Prefill:
         """Note a read that was asked for; never waits."""
         followed = self._followed.get(content.number)
         if followed is None:
-            followed = _Followed(content, ReadAhead(content.extents))
+            ahead = ReadAhead(content.extents, window_bytes_max=self._window_bytes_max)
+            # The kernel begins with narrow requests; what is stored then keeps them narrow.
+            is_storing = (self._read_ahead_kb() or 0) << 10 < _WIDE_BYTES
+            followed = _Followed(content, ahead, is_storing)
             self._followed[content.number] = followed
             while len(self._followed) > _CONTENTS_MAX:
                 self._followed.popitem(last=False)
+        if size >= _WIDE_BYTES:
+            followed.is_storing, followed.narrow_reads = False, 0
+        elif not followed.is_storing:
+            followed.narrow_reads += 1
+            followed.is_storing = followed.narrow_reads > _NARROW_READS_MAX
         window = followed.ahead.on_read(offset, size)
         if window is not None:
             self._windows += 1
@@ -309,6 +355,7 @@ class Prefill:
 
     async def _work(self, followed: _Followed, window: Window) -> None:
         try:
+            coming = _Coming(followed.content.extents, window, self._fetcher)
             position = window.start
             while position < window.stop:
                 stream = window.stream
@@ -319,29 +366,21 @@ class Prefill:
                         return
                 if self._is_memory_short():
                     return
-                position = await self._chunk(followed, window, position)
+                stop = min(position + _CHUNK_BYTES, window.stop)
+                await coming.ready(position, stop)
+                pusher = self.pusher
+                if pusher is not None and pusher.is_alive and followed.is_storing:
+                    for part in _without_tripwire(position, stop, window.trip):
+                        await self._store(pusher, followed.content, *part)
+                else:
+                    # Nothing may have been waited for: requests have their turn first.
+                    await trio.lowlevel.checkpoint()
+                position = stop
         except FragmentError:
             return  # whoever reads these bytes will be told
         except Exception:
             # Nobody waits for this, so nothing that goes wrong here may end the mount.
             log.exception("decoding ahead failed")
-
-    async def _chunk(self, followed: _Followed, window: Window, start: int) -> int:
-        """Make one chunk ready; returns where it ends."""
-        stop = min(start + _CHUNK_BYTES, window.stop)
-        extents = followed.content.extents
-        ahead = plan_read(extents, start, min(window.stop, start + 4 * _CHUNK_BYTES) - start)
-        for piece in ahead[:_DECODES_AHEAD]:
-            self._fetcher.begin_nowait(piece.fragment, urgent=False)
-        pieces = plan_read(extents, start, stop - start)
-        for piece in pieces:
-            await self._fetcher.ready(piece.fragment)
-        pusher = self.pusher
-        if pusher is None or not pusher.is_alive or not followed.is_storing:
-            return stop
-        for part_start, part_stop in _without_tripwire(start, stop, window.trip):
-            await self._store(pusher, followed.content, part_start, part_stop)
-        return stop
 
     async def _store(self, pusher: Pusher, content: OpenContent, start: int, stop: int) -> None:
         pieces = plan_read(content.extents, start, stop - start)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 import trio
 
@@ -94,7 +93,14 @@ class MountReading:
                 " process could leave its readers waiting",
                 entry.mountpoint,
             )
-        self._prefill = Prefill(self._fetcher, self._cache.identify, self._pusher, self._nursery)
+        self._prefill = Prefill(
+            self._fetcher,
+            self._cache.identify,
+            self._pusher,
+            self._nursery,
+            self._place.bytes_max,
+            lambda: entry.read_ahead_kb,
+        )
 
     def close(self) -> None:
         """End the helper that holds the mount's device; the others end with the nursery."""
@@ -184,12 +190,3 @@ def _choose_place(options: MountOptions, uuid: bytes) -> CachePlace | None:
     if place is None and options.cache_bytes_max != 0:
         log.warning("no shared fragment cache: too little shared memory and disk space")
     return place
-
-
-def raise_read_ahead(entry: MountEntry, read_ahead_kb: int) -> bool:
-    """Have the kernel read ahead further on a mount; False if this user may not change it."""
-    try:
-        Path(f"/sys/class/bdi/{entry.device}/read_ahead_kb").write_text(str(read_ahead_kb))
-    except OSError:
-        return False
-    return True

@@ -74,6 +74,17 @@ class MountEntry:
         """Its directory in the control file system, which is not mounted in most containers."""
         return Path(f"/sys/fs/fuse/connections/{self.minor}")
 
+    def raise_read_ahead(self, read_ahead_kb: int) -> bool:
+        """Have the kernel read ahead further; False if this user may not say so.
+
+        Only once the mount has answered something: until then the kernel puts back what it had.
+        """
+        try:
+            Path(f"/sys/class/bdi/{self.device}/read_ahead_kb").write_text(str(read_ahead_kb))
+        except OSError:
+            return False
+        return True
+
     @property
     def max_background(self) -> int | None:
         """Background requests the kernel keeps in flight; None where only root may know."""

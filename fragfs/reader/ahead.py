@@ -100,7 +100,7 @@ class ReadAhead:
         self._data_start = next(
             (extent.offset for extent in extents if extent.kind is not SpanKind.HEADER), 0
         )
-        self._window_bytes_min = window_bytes_min
+        self._window_bytes_min = min(window_bytes_min, window_bytes_max)
         self._window_bytes_max = window_bytes_max
         self._gap_bytes = gap_bytes
         self._streams: list[Stream] = []

@@ -126,10 +126,18 @@ class FragmentFetcher:
         self._decoded_bytes = 0
         self._joins = 0
 
-    def begin_nowait(self, number: int, *, urgent: bool = True) -> None:
-        """Have a fragment decoded into the cache that somebody will soon ask for."""
-        if number not in self._flights and not self._cache.holds(number):
-            self._start(number, urgent=urgent)
+    def begin_nowait(self, number: int, *, urgent: bool = True) -> bool:
+        """Have a fragment decoded into the cache that somebody will soon ask for.
+
+        Returns:
+            True if it is there already.
+        """
+        if number in self._flights:
+            return False
+        if self._cache.holds(number):
+            return True
+        self._start(number, urgent=urgent)
+        return False
 
     async def ready(self, number: int) -> None:
         """Wait until a fragment is in the cache, or until its decode has failed.

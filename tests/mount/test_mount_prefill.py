@@ -323,7 +323,8 @@ def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
 
     None reads with MAP_POPULATE: see `readers.py`.
     """
-    report = mounts(made[0], cache_bytes_max=8 << 20)
+    # Nothing is stored where requests are wide.
+    report = mounts(made[0], cache_bytes_max=8 << 20, read_ahead_kb=128)
     reading = [
         start_reader(mode, report.mountpoint, made[1], "600")
         for mode in ("map", "map threads", "read", "map sequential")
@@ -365,7 +366,8 @@ def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
 
 
 def test_a_pusher_that_is_killed_is_reaped_and_another_one_stores(mounts, made):
-    report = mounts(made[0], cache_bytes_max=256 << 20)
+    # With wide requests readers are only decoded ahead for.
+    report = mounts(made[0], cache_bytes_max=256 << 20, read_ahead_kb=128)
     for _ in range(3):
         _, pusher = helpers_of(report.mountpoint)
         if pusher is None:
