@@ -160,6 +160,7 @@ class Predictor(enum.IntEnum):
     CAST = 6
     BLEND = 7
     QUANTIZE = 8
+    DECAY = 9
 
 
 PREDICTORS_FROM_BASES = frozenset(
@@ -169,6 +170,7 @@ PREDICTORS_FROM_BASES = frozenset(
         Predictor.CAST,
         Predictor.BLEND,
         Predictor.QUANTIZE,
+        Predictor.DECAY,
     )
 )
 """Predictors that read other fragments."""

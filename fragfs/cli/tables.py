@@ -24,6 +24,7 @@ _MECHANISMS = {
     "cast": "differences to copies in other precisions",
     "blend": "differences to mixtures of two pieces or more",
     "quantize": "differences to the originals of quantized copies",
+    "decay": "differences to earlier checkpoints, weight decay allowed for",
     "planes": "byte planes",
     "zstd": "zstd",
     "constant": "pieces of one repeated value",

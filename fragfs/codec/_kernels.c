@@ -246,7 +246,7 @@ DEFINE_NARROW(e4m3, uint8_t, 3, 7, 0x7eu)
 DEFINE_NARROW(e5m2, uint8_t, 2, 15, 0x7bu)
 
 enum Format { FORMAT_BF16, FORMAT_F16, FORMAT_E4M3, FORMAT_E5M2, FORMAT_F32 };
-enum { INPUTS_MAX = 3, BLOCK = 2048 };
+enum { INPUTS_MAX = 3, BLOCK = 2048, STEP_COUNT = 256 };
 
 static size_t format_size(unsigned format)
 {
@@ -366,6 +366,32 @@ done:
     return result;
 }
 
+static PyObject *add_steps(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer words, steps, out;
+    if (!PyArg_ParseTuple(args, "y*y*w*", &words, &steps, &out))
+        return NULL;
+    PyObject *result = NULL;
+    if (words.len % 4 || out.len != words.len || steps.len != STEP_COUNT * 4) {
+        PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
+        goto done;
+    }
+    const uint32_t *from = words.buf, *table = steps.buf;
+    uint32_t *to = out.buf;
+    size_t count = (size_t)words.len / 4;
+    Py_BEGIN_ALLOW_THREADS;
+    for (size_t i = 0; i < count; i++)
+        to[i] = from[i] + table[from[i] >> 15 & (STEP_COUNT - 1)];
+    Py_END_ALLOW_THREADS;
+    result = Py_NewRef(Py_None);
+done:
+    PyBuffer_Release(&words);
+    PyBuffer_Release(&steps);
+    PyBuffer_Release(&out);
+    return result;
+}
+
 /* In _writing.c. */
 PyObject *fragfs_forms(PyObject *self, PyObject *args);
 PyObject *fragfs_planes(PyObject *self, PyObject *args);
@@ -381,6 +407,8 @@ static PyMethodDef methods[] = {
     {"convert", convert, METH_VARARGS,
      "convert(inputs, scaled, format, out): the sum of inputs, each (format, words, coefficient), or"
      " one input as it is; formats: bf16 0, f16 1, f8_e4m3 2, f8_e5m2 3 (of out only), f32 4"},
+    {"add_steps", add_steps, METH_VARARGS,
+     "add_steps(words, steps, out): each word of 32 bits plus the step of its leading mantissa bits"},
     {"split", split, METH_VARARGS,
      "split(width, values, prediction, lookup, sizes, out, shift, mask): values - prediction, by group"},
     {"count_keys", count_keys, METH_VARARGS,
@@ -411,7 +439,7 @@ PyMODINIT_FUNC PyInit__kernels(void)
     prepare_rebuild();
     PyObject *created = PyModule_Create(&module);
     /* kernels.py uses no module of another version: a file built for older sources. */
-    if (created && PyModule_AddIntConstant(created, "VERSION", 3)) {
+    if (created && PyModule_AddIntConstant(created, "VERSION", 4)) {
         Py_DECREF(created);
         return NULL;
     }

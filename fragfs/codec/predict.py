@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fragfs.codec.floats import FLOATS, convert, quantize, widen, word_type
+from fragfs.codec.steps import STEPPED, add_steps
 from fragfs.errors import FormatError
 from fragfs.types import FRAGMENT_BYTES_MAX, Dtype, Predictor
 
@@ -54,12 +55,13 @@ class Prediction:
     """How words are predicted, but not from which bytes.
 
     Attributes:
-        predictor: DELTA, CAST, BLEND or QUANTIZE.
-        dtypes: How each base reads; of DELTA it is the target's dtype.
+        predictor: DELTA, CAST, BLEND, QUANTIZE or DECAY.
+        dtypes: How each base reads; of DELTA and DECAY it is the target's dtype.
         coefficients: BLEND: one f32 for each base.
         row_words: QUANTIZE: words that share a scale; 0 if all do.
         first_row_words: QUANTIZE: words before the second row begins; 0 if all share a scale.
         scales: QUANTIZE: one f32 for each row.
+        steps: DECAY: STEP_COUNT words.
     """
 
     predictor: Predictor
@@ -68,6 +70,7 @@ class Prediction:
     row_words: int = 0
     first_row_words: int = 0
     scales: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    steps: Words = field(default_factory=lambda: np.zeros(0, "<u4"))
 
     def predict(self, bases: Sequence[memoryview], dtype: Dtype, count: int) -> Words:
         """The first `count` words.
@@ -89,6 +92,8 @@ class Prediction:
         ]
         if self.predictor is Predictor.DELTA:
             return inputs[0]
+        if self.predictor is Predictor.DECAY:
+            return add_steps(inputs[0], self.steps)
         if self.predictor is not Predictor.QUANTIZE:
             coefficients = self.coefficients if self.predictor is Predictor.BLEND else None
             return convert(inputs, self.dtypes, coefficients, dtype)
@@ -108,9 +113,9 @@ class Prediction:
         return np.repeat(self.scales, repeats)[:count]
 
     def pack(self) -> bytes:
-        """The fields that `parse` reads; scales are stored apart."""
+        """The fields that `parse` reads; scales and steps are stored apart."""
         match self.predictor:
-            case Predictor.DELTA:
+            case Predictor.DELTA | Predictor.DECAY:
                 return b""
             case Predictor.CAST:
                 return _BASE.pack(self.dtypes[0].code)
@@ -137,6 +142,10 @@ def parse_prediction(
     if base_count not in wanted:
         raise FormatError("a prediction has the wrong number of bases", actual=base_count)
     if predictor is Predictor.DELTA:
+        return Prediction(predictor, (dtype,)), params
+    if predictor is Predictor.DECAY:
+        if dtype not in STEPPED:
+            raise FormatError(f"{dtype.name} has no steps", remedy="upgrade fragfs")
         return Prediction(predictor, (dtype,)), params
     dtypes, coefficients = [], []
     for _ in range(base_count):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from fragfs.codec.predict import (
 from fragfs.codec.rebuild import decode_residual, parse_streams
 from fragfs.codec.residual import encode_residual, store_streams
 from fragfs.codec.solo import Buffer, Encoding, decode_solo, encode_solo
+from fragfs.codec.steps import STEP_COUNT, pack_steps, parse_steps
 from fragfs.errors import FormatError
 from fragfs.types import FRAGMENT_BYTES_MAX, Dtype, Predictor
 
@@ -84,6 +86,8 @@ def encode_predicted(
         params.append(prediction.pack())
         if predictor is Predictor.QUANTIZE:
             store_streams(prediction.scales.view("<u4"), _RESIDUAL_LEVEL, params, payload)
+        elif predictor is Predictor.DECAY:
+            store_streams(pack_steps(prediction.steps), _RESIDUAL_LEVEL, params, payload)
         stored = encode_residual(words, predicted, dtype, grouped=grouped, level=_RESIDUAL_LEVEL)
         params.append(stored[0])
         payload += stored[1]
@@ -145,13 +149,10 @@ def decode_predicted(
                 raise FormatError("a quantized fragment has too many scales", actual=scales)
             bits, params, payload = parse_streams(params, payload, scales, np.dtype("<u4"))
             check_scales(bits.view("<f4"))
-            prediction = Prediction(
-                prediction.predictor,
-                prediction.dtypes,
-                row_words=prediction.row_words,
-                first_row_words=prediction.first_row_words,
-                scales=bits.view("<f4"),
-            )
+            prediction = replace(prediction, scales=bits.view("<f4"))
+        elif prediction.predictor is Predictor.DECAY:
+            bits, params, payload = parse_streams(params, payload, STEP_COUNT, np.dtype("<u4"))
+            prediction = replace(prediction, steps=parse_steps(bits))
         predicted = prediction.predict(bases, dtype, count)
         # A DELTA's prediction is its base itself, which others read.
         is_ours = prediction.predictor is not Predictor.DELTA

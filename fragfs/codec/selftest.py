@@ -107,6 +107,15 @@ _BLENDED = (
 _QUANTIZED = "000000000000ff010100004d4d007f800000527f8057007f7f7f7f8000000000"
 _SCALES = bytes.fromhex("00f40000fd00005480403c21")  # planes of 2, 0.013 and 2**-60
 
+_STEPS = bytes.fromhex("5c7f8090")
+"""Planes of the differences of steps: each is 0x0ffffedc more than the one before it."""
+_DECAYED = (
+    "dcfeff0fdcfeff8fddfeff0fffdb7e80dcfe7f10dcfe7f4fb87d80dfb97d805f707b817fdcfeff42ddfe"
+    "ffc2dc0e804fdc2e804fffdbfe38ffcb7e4700cc7ec7dcfe7f4addfe7f4a9cec874f9c11e753bf12e7c3"
+    "5cda8f4fdcfeff46ddfeff46dc235f57ffdb7e7fdcfe7f8fdcfe7f0fddfe7f8fd98dc02fffdbfe7f005c"
+    "fe7f"
+)
+
 _DELTAS = (
     (
         Dtype.F8_E4M3,
@@ -196,6 +205,15 @@ def _records() -> Iterator[_Record]:
         struct.pack("<IBII", 32, Dtype.F32.code, 13, 10) + struct.pack("<BI", 0, 3) * 4 + b"\0",
         _SCALES,
         bytes.fromhex(_QUANTIZED),
+        (_WIDE,),
+    )
+    yield _Record(
+        "DECAY",
+        Predictor.DECAY,
+        Dtype.F32,
+        struct.pack("<I", len(_WIDE) // 4) + struct.pack("<BI", 1, 1) * 4 + b"\0",
+        _STEPS,
+        bytes.fromhex(_DECAYED),
         (_WIDE,),
     )
     for dtype, *fields in _DELTAS:

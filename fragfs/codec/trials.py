@@ -13,10 +13,12 @@ from operator import attrgetter
 import numpy as np
 
 from fragfs.codec.blends import BlendFits, fit_blend
+from fragfs.codec.entropy import Bytes
 from fragfs.codec.floats import FLOATS
 from fragfs.codec.predict import SCALED, Prediction, Words, fit_scales, unit_size
 from fragfs.codec.predicted import covered_words
-from fragfs.codec.residual import encode_residual, estimate_residual
+from fragfs.codec.residual import encode_residual, estimate_residual, store_streams
+from fragfs.codec.steps import STEPPED, fit_steps, pack_steps
 from fragfs.types import Dtype, Level, Predictor
 
 __all__ = [
@@ -55,6 +57,9 @@ _SETTLED_SHARE_MIN, _SETTLED_SHARE_MAX = 0.01, 0.25
 have changed throughout, and residuals have no runs."""
 _GROUPING_GAIN = 0.92
 """Level BALANCED groups residuals that get below this share of their ungrouped size."""
+_DECAY_GAIN = 0.97
+"""Steps must bring a fragment below this share of what it takes without: they are one more pass at
+every read."""
 _SHALLOW_GAIN = 0.9
 """A candidate must beat one that needs fewer other fragments by this factor for each: reads decode
 less, and what is shallow can be blended later on."""
@@ -160,7 +165,7 @@ class Trials:
                 prediction = self._fit_scales(candidate, count)
                 if prediction is None:
                     continue
-            trials.append(self._try((index,), prediction))
+            trials.append(self._with_steps(self._try((index,), prediction)))
             if trials[-1].share < 1e-3:
                 break
         return trials
@@ -180,6 +185,19 @@ class Trials:
         rows = self._rows
         words, first = (rows.words, rows.first_words) if 0 < rows.words < count else (0, 0)
         return fit_scales(target, self._dtype, (base, candidate.dtype), words, first)
+
+    def _with_steps(self, trial: Trial) -> Trial:
+        """The same base after steps, if there are any and they pay."""
+        if self._dtype not in STEPPED or trial.prediction.predictor is not Predictor.DELTA:
+            return trial
+        if trial.share < _SETTLED_SHARE_MIN:
+            return trial
+        steps = fit_steps(trial.words, trial.predicted)
+        if steps is None:
+            return trial
+        dtypes = trial.prediction.dtypes
+        stepped = self._try(trial.bases, Prediction(Predictor.DECAY, dtypes, steps=steps))
+        return stepped if stepped.share < _DECAY_GAIN * trial.share else trial
 
     def try_blends(
         self,
@@ -274,6 +292,9 @@ class Trials:
         estimate = 0
         if not np.array_equal(words, predicted):
             estimate = estimate_residual(words, predicted, self._dtype, grouped=grouped)
+        if prediction.predictor is Predictor.DECAY:
+            # The sample stands for the whole fragment, which has one table.
+            estimate += _steps_size(prediction) * words.size // count
         depth = sum(self.candidates[index].depth for index in bases)
         trial = Trial(bases, prediction, 0, grouped, depth, words, predicted, covered, estimate)
         return replace(trial, share=_share(trial, estimate))
@@ -308,6 +329,13 @@ class Trials:
             return trial
         plain = estimate_residual(trial.words, trial.predicted, self._dtype, grouped=False)
         return replace(trial, grouped=trial.estimate < _GROUPING_GAIN * plain)
+
+
+def _steps_size(prediction: Prediction) -> int:
+    params: list[bytes] = []
+    payload: list[Bytes] = []
+    store_streams(pack_steps(prediction.steps), 1, params, payload)
+    return sum(map(len, params)) + sum(map(len, payload))
 
 
 def _share(trial: Trial, size: int) -> float:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fragfs.codec import floats, forms, groups, planes, rebuild, residual
+from fragfs.codec import floats, forms, groups, planes, rebuild, residual, steps
 from fragfs.codec.encoding import decode
 from fragfs.codec.predict import Prediction
 from fragfs.codec.predicted import encode_predicted
@@ -34,6 +34,9 @@ NUMPY = {
     Dtype.F8_E4M3: ml_dtypes.float8_e4m3fn,
     Dtype.F8_E5M2: ml_dtypes.float8_e5m2,
 }
+REAL_STEPS = [-(3 + leading // 48) * 100 - leading % 3 for leading in range(256)]
+"""Like those of 100 updates: a few hundred units, more of them for larger mantissas."""
+
 # Bytes of a word, written out apart from the code under test.
 UNIT = {
     **dict.fromkeys([Dtype.F16, Dtype.BF16, Dtype.I16, Dtype.U16], 2),
@@ -44,7 +47,7 @@ UNIT = {
 
 def without_kernels(patch: pytest.MonkeyPatch) -> None:
     """From now on numpy does what the compiled loops do."""
-    for module in (floats, forms, groups, planes, rebuild, residual):
+    for module in (floats, forms, groups, planes, rebuild, residual, steps):
         patch.setattr(module, "_kernels", None)
 
 
@@ -204,6 +207,16 @@ def quantized(
     return Case(full, Dtype.I8, codes.tobytes() + extra, prediction, (base,))
 
 
+def decayed(name: str, raw: bytes | None, base: bytes, steps: Sequence[int] | None = None) -> Case:
+    """A fragment (or exactly what is predicted) from a base and steps; of a real decay if None."""
+    table = np.array(REAL_STEPS if steps is None else steps, "<i8").astype("<u4")
+    if raw is None:
+        words = words_of(base, Dtype.F32)
+        raw = (words + table[words >> np.uint32(15) & np.uint32(255)]).tobytes()
+    prediction = Prediction(Predictor.DECAY, (Dtype.F32,), steps=table)
+    return Case(f"DECAY {name}", Dtype.F32, raw, prediction, (base,))
+
+
 def delta_cases(dtype: Dtype) -> list[Case]:
     base = as_dtype(numbers(), dtype)
     odd = with_specials(base, dtype)
@@ -277,6 +290,28 @@ def quantize_cases() -> list[Case]:
     return found
 
 
+def decay_cases() -> list[Case]:
+    base = as_dtype(numbers(), Dtype.F32)
+    odd = with_specials(base, Dtype.F32)
+    exact = decayed("", None, odd).raw
+    wild = np.random.default_rng(13).integers(0, 1 << 32, 256).tolist()
+    return [
+        decayed("exact", None, odd),
+        decayed("nudged", nudged(exact, Dtype.F32), odd),
+        decayed("one bit", one_bit(exact, Dtype.F32), odd),
+        decayed("specials in both", with_specials(exact, Dtype.F32, 8), odd),
+        decayed("wrong steps", exact, odd, wild),
+        decayed("wild steps", nudged(decayed("", None, odd, wild).raw, Dtype.F32), odd, wild),
+        decayed("no steps", nudged(base, Dtype.F32), base, [0] * 256),
+        decayed("noise", np.random.default_rng(11).bytes(len(base)), base),
+        decayed("shorter base", exact, odd[: len(odd) // 3 + 1]),
+        decayed("base of one word", exact, odd[:4]),
+        decayed("longer base", exact[:44_000], odd),
+        decayed("tail", exact + b"tai", odd + b"other"),
+        decayed("one word", base[:4], base[4:8]),
+    ]
+
+
 def every_case() -> list[Case]:
     """All of them, for every predictor and dtype."""
     return [
@@ -284,6 +319,7 @@ def every_case() -> list[Case]:
         *cast_cases(),
         *blend_cases(),
         *quantize_cases(),
+        *decay_cases(),
     ]
 
 

@@ -12,6 +12,7 @@ import ctypes
 import pickle
 import platform
 import sys
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def is_flushing() -> bool:
 
 
 def main() -> None:
-    from fragfs.codec import floats, forms, groups, planes, rebuild, residual
+    from fragfs.codec import floats, forms, groups, planes, rebuild, residual, steps
     from fragfs.codec.choose import encode_best
     from fragfs.codec.selftest import check_decoder
     from fragfs.codec.trials import Candidate
@@ -68,7 +69,7 @@ def main() -> None:
     found = []
     # With the compiled loops, and with what stands in for them.
     for module_kernels in dict.fromkeys((groups._kernels, None)):
-        for module in (floats, forms, groups, planes, rebuild, residual):
+        for module in (floats, forms, groups, planes, rebuild, residual, steps):
             module._kernels = module_kernels
         for name, expected in DIGESTS.items():
             assert digest(name) == expected, name
@@ -84,7 +85,9 @@ def main() -> None:
         ]
         choice = encode_best(case.raw, case.dtype, candidates, level=Level.BALANCED, zstd_level=3)
         chosen = [candidates[index].raw for index in choice.bases]
-        found[-1].append((choice.encoding, [bytes(raw) for raw in chosen]))
+        # What is stored as it is comes as a view.
+        encoding = replace(choice.encoding, payload=bytes(choice.encoding.payload))
+        found[-1].append((encoding, [bytes(raw) for raw in chosen]))
     assert is_flushing(), "something has switched flushing off again"
     sys.stdout.buffer.write(pickle.dumps(found))
 

@@ -176,6 +176,24 @@ def quantize(name: str, source: Dtype, row: int, first: int, scales: Sequence[fl
     )
 
 
+def decay(name: str, differences: Sequence[int], method: int, errors: int = 0) -> Record:
+    """Steps by what each has more than the one before it; `errors` is how far residuals go."""
+    base = base_of(Dtype.F32, 60)
+    # Leading mantissa bits of every kind, of both signs.
+    base += b"".join((0x3C000000 + (i << 15) + 77 * i).to_bytes(4, "little") for i in range(256))
+    base += b"".join((0xBD800000 - (i << 15)).to_bytes(4, "little") for i in range(0, 256, 5))
+    count = len(base) // 4
+    stored = [difference + 0x80808080 for difference in differences]
+    streams = reference.planes_of(stored, 4, [method] * 4)
+    residual = (b"\0", b"")
+    if errors:
+        values = residuals(count, errors, 3)
+        residual = reference.residual_of([(255, 8, values)], 4, method)
+    params = struct.pack("<I", count) + streams[0] + residual[0]
+    payload = streams[1] + residual[1]
+    return Record(f"decay {name}", Predictor.DECAY, Dtype.F32, params, payload, (base,))
+
+
 def records() -> list[Record]:
     plain = delta("bf16 planes", Dtype.BF16, [255], [8])
     planes = bytes([1, 2]) + struct.pack("<BIBI", 0, 2, 1, 1)
@@ -216,6 +234,11 @@ def records() -> list[Record]:
         quantize("f16 one scale", Dtype.F16, 0, 0, [1 / 127]),
         quantize("e4m3 one scale", Dtype.F8_E4M3, 0, 0, [2]),
         quantize("e5m2 one scale", Dtype.F8_E5M2, 0, 0, [400]),
+        decay("equal differences", [-300] * 256, 1),
+        decay("like a real one, residual", [-290, *[-1, 0, 0, 1, -3] * 51], 0, 90),
+        decay("zstd", [-300, *[0] * 127, -100, *[0] * 127], 2, 2),
+        decay("around the words", [(1 << 31) - 1, *[0x01010101 * i for i in range(255)]], 0),
+        with_tail(decay("", [5] * 256, 1), "decay tail", 0, b"", b"end", b"end"),
     ]
 
 

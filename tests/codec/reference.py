@@ -191,6 +191,12 @@ def _predict(
 ) -> list[int]:
     if predictor == Predictor.DELTA:
         return _words(bases[0], unit_of(dtype), count)
+    if predictor == Predictor.DECAY:
+        assert dtype is Dtype.F32
+        differences = [word - 0x80808080 for word in reader.words(256, 4)]
+        steps = [sum(differences[: index + 1]) for index in range(256)]
+        words = _words(bases[0], 4, count)
+        return [(word + steps[word // 2**15 % 256]) % 2**32 for word in words]
     floats, coefficients = [], []
     for base in bases:
         (code,) = reader.take("B")

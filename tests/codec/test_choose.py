@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fragfs.codec.choose import Choice, encode_best
+from fragfs.codec.choose import Choice, encode_best, encode_from
 from fragfs.codec.encoding import decode
 from fragfs.codec.solo import encode_solo
 from fragfs.codec.trials import Candidate, Rows
@@ -15,6 +15,7 @@ from tests.codec.families import (
     FLOATS,
     NUMPY,
     as_dtype,
+    decayed,
     nudged,
     numbers,
     one_bit,
@@ -119,6 +120,39 @@ def test_an_int8_copy_with_cut_rows_and_a_tail():
 def test_an_int8_copy_whose_rows_are_not_known():
     case = quantized("", numbers(), Dtype.F32, 100, 100)
     choose(case.raw, Dtype.I8, (Dtype.F32, case.bases[0]))
+
+
+def test_rows_that_only_decay_are_stepped():
+    base = with_specials(as_dtype(numbers(COUNT), Dtype.F32), Dtype.F32)
+    exact = decayed("", None, base).raw
+    raw = exact[:-40_000] + nudged(exact[-40_000:], Dtype.F32, share=1, step=1 << 16)
+    for level in Level:
+        choice = choose(raw + b"tail", Dtype.F32, (Dtype.F32, base), level=level)
+        assert choice.encoding.predictor is Predictor.DECAY, level
+        assert choice.encoding.size <= 0.75 * 40_000, level
+        alone = [Candidate(memoryview(base), Dtype.F32)]
+        encoding = encode_from(raw + b"tail", Dtype.F32, alone, level=level, zstd_level=3)
+        assert encoding == choice.encoding, level
+
+
+def test_steps_that_do_not_pay_are_left_out():
+    base = as_dtype(numbers(COUNT), Dtype.F32)
+    # All that is as predicted is as the base is, too.
+    raw = nudged(base, Dtype.F32, share=0.1, step=1)
+    assert choose(raw, Dtype.F32, (Dtype.F32, base)).encoding.predictor is Predictor.DELTA
+    # A table is more than there is to save.
+    exact = decayed("", None, base[:60]).raw
+    assert choose(exact, Dtype.F32, (Dtype.F32, base[:60])).encoding.predictor is not (
+        Predictor.DECAY
+    )
+
+
+def test_only_words_of_f32_are_stepped():
+    base = as_dtype(numbers(COUNT), Dtype.F32)
+    exact = decayed("", None, base).raw
+    for dtype in (Dtype.U32, Dtype.I32, Dtype.BF16, Dtype.C64):
+        choice = choose(exact, dtype, (dtype, base))
+        assert choice.encoding.predictor is not Predictor.DECAY, dtype
 
 
 @pytest.mark.parametrize("wanted", [(0.5, 0.5), (0.3, 0.7), (2, -1), (-0.5, 1.5)])

@@ -215,7 +215,7 @@ class TestRefusals:
         with pytest.raises(UsageError):
             encode_solo(b"x", Dtype.U8, zstd_level=level)
 
-    @pytest.mark.parametrize("predictor", [9, 255, -1])
+    @pytest.mark.parametrize("predictor", [10, 255, -1])
     def test_unknown_predictor_names_the_remedy(self, predictor):
         with pytest.raises(FormatError) as caught:
             decode(predictor, Dtype.BF16, b"", memoryview(b""), 4)

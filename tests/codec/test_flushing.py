@@ -12,6 +12,7 @@ from tests.codec.families import (
     FLOATS,
     blend_cases,
     cast_cases,
+    decay_cases,
     delta,
     nudged,
     quantize_cases,
@@ -35,7 +36,7 @@ def denormal_cases():
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "it can")
 def test_flushing_denormals_changes_no_byte(tmp_path):
     assert not is_flushing()
-    cases = [*cast_cases(), *blend_cases(), *quantize_cases(), *denormal_cases()]
+    cases = [*cast_cases(), *blend_cases(), *quantize_cases(), *decay_cases(), *denormal_cases()]
     work = [(case, [case.check(grouped=grouped) for grouped in (False, True)]) for case in cases]
     path = tmp_path / "work"
     path.write_bytes(pickle.dumps(work))

@@ -23,6 +23,7 @@ from tests.codec.families import (
     as_dtype,
     blend,
     cast,
+    decayed,
     delta,
     nudged,
     numbers,
@@ -108,6 +109,7 @@ def encoded() -> list[Stored]:
         cast("", Dtype.F16, nudged(merged, Dtype.F16), Dtype.F32, f32),
         blend("", Dtype.F16, nudged(merged, Dtype.F16, share=0.1), pairs, (0.5, 0.5)),
         quantized("", values, Dtype.F32, 128, 100, b"tail"),
+        decayed("", nudged(decayed("", None, f32).raw, Dtype.F32, share=0.1) + b"\1", f32),
     ]
     found = []
     for case in cases:
@@ -340,6 +342,7 @@ def greedy_records() -> dict[str, Stored]:
             SIZE,
             (base,),
         )
+    words_f32 = struct.pack("<I", SIZE // 4)
     scales, ones = constant_planes(b"\0\0\x80\x3f")
     for name, row, first in (("of one", 1, 1), ("without end", 0xFFFFFFFF, 0xFFFFFFFF)):
         found[f"rows {name}"] = Stored(
@@ -350,6 +353,14 @@ def greedy_records() -> dict[str, Stored]:
             SIZE,
             (base,),
         )
+    found["steps and planes"] = Stored(
+        Predictor.DECAY,
+        Dtype.F32,
+        words_f32 + scales + b"\1\xff" + words_f32 + b"\x08" + scales,
+        ones + ones,
+        SIZE,
+        (base,),
+    )
     small = struct.pack("<I", 10)
     found["last row without end"] = Stored(
         Predictor.QUANTIZE,

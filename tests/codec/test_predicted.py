@@ -26,6 +26,8 @@ from tests.codec.families import (
     blend_cases,
     cast,
     cast_cases,
+    decay_cases,
+    decayed,
     delta,
     delta_cases,
     nudged,
@@ -51,7 +53,7 @@ def test_deltas_round_trip(dtype, kernels):
             case.check(grouped=grouped)
 
 
-@pytest.mark.parametrize("cases", [cast_cases, blend_cases, quantize_cases])
+@pytest.mark.parametrize("cases", [cast_cases, blend_cases, quantize_cases, decay_cases])
 def test_conversions_round_trip(cases, kernels):
     for case in cases():
         for grouped in (False, True):
@@ -63,7 +65,7 @@ def test_conversions_round_trip(cases, kernels):
     "cases",
     [
         *(partial(delta_cases, dtype) for dtype in EVERY_KIND),
-        *(cast_cases, blend_cases, quantize_cases),
+        *(cast_cases, blend_cases, quantize_cases, decay_cases),
     ],
     ids=lambda cases: cases.args[0].name if isinstance(cases, partial) else cases.__name__,
 )
@@ -105,6 +107,8 @@ def test_predictions_agree_with_exact_arithmetic(raw, bases, dtypes, coefficient
         blend("", target, raw, pairs[:count], coefficients[:count]),
         Case("", Dtype.I8, raw, _scaled(of_bases[0], raw, bases[0]), (bases[0],)),
         delta("", target, raw, bases[0]),
+        decayed("", raw, bases[0]),
+        decayed("", raw, bases[0], [index * 0x01234567 for index in range(256)]),
     ]
     for case in cases:
         encoding = case.check(grouped=False)
@@ -206,6 +210,12 @@ class TestSizes:
         assert case.check(grouped=True).size <= 50
         case = quantized("", numbers(), Dtype.F32, 100, 100)
         assert case.check(grouped=True).size <= 50 + 4 * 120
+
+    def test_decay_costs_its_steps(self):
+        base = with_specials(as_dtype(numbers(), Dtype.F32), Dtype.F32)
+        assert decayed("", None, base).check(grouped=True).size <= 200
+        wild = np.random.default_rng(1).integers(0, 1 << 32, 256).tolist()
+        assert decayed("", None, base, wild).check(grouped=True).size <= 25 + 4 * 256
 
     def test_a_tune_of_small_steps(self):
         base = as_dtype(numbers(50_000), Dtype.BF16)
@@ -424,6 +434,28 @@ class TestRefusals:
         assert (
             len(decode(Predictor.SPARSE, Dtype.F32, params, memoryview(last), 160, [BASE])) == 160
         )
+
+    @pytest.mark.parametrize("dtype", [d for d in EVERY_KIND if d is not Dtype.F32], ids=names)
+    def test_dtypes_without_steps(self, dtype):
+        case = Case("", dtype, BASE, Prediction(Predictor.DECAY, (dtype,)), (BASE,))
+        params = (1).to_bytes(4, "little") + b"\1\1\0\0\0" * 4 + b"\0"
+        assert refuse(case, params, bytes(4)).remedy == "upgrade fragfs"
+
+    def test_streams_of_steps(self):
+        case = decayed("", BASE, BASE)
+        for descriptors, stored in (
+            (b"\1\1\0\0\0" * 3, bytes(3)),
+            (b"\1\1\0\0\0" * 4, bytes(3)),
+            (b"\1\1\0\0\0" * 4, bytes(5)),
+            (b"\0\xff\0\0\0" + b"\1\1\0\0\0" * 3, bytes(258)),
+            (b"\0\1\1\0\0" + b"\1\1\0\0\0" * 3, bytes(260)),
+            (b"\3\1\0\0\0" + b"\1\1\0\0\0" * 3, bytes(4)),
+        ):
+            refuse(case, HEAD + descriptors + b"\0", stored)
+        for value in (0, 0x7F, 0x80, 0xFF):
+            params = HEAD + b"\1\1\0\0\0" * 4 + b"\0"
+            payload = memoryview(bytes([value]) * 4)
+            assert len(decode(Predictor.DECAY, Dtype.F32, params, payload, 160, [BASE])) == 160
 
     def test_a_tail_of_an_unknown_kind(self):
         for solo in (4, 5, 9, 255):

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fragfs.codec import floats, groups, predict, predicted, rebuild, selftest
+from fragfs.codec import floats, groups, predict, predicted, rebuild, selftest, steps
 from fragfs.codec.selftest import check_decoder
 from fragfs.errors import FormatError, FragmentError, IntegrityError
 from fragfs.types import PREDICTORS_FROM_BASES, Dtype, Predictor
@@ -176,6 +176,19 @@ class RoundingDown:
         out[:] = wide >> np.uint32(16)
 
 
+def steps_by_rounded_mantissa(words, table):
+    return words + table[(words + np.uint32(1 << 14) >> np.uint32(15)) & np.uint32(255)]
+
+
+class SteppingSigned:
+    """A loop whose steps end at the largest word instead of wrapping around."""
+
+    @staticmethod
+    def add_steps(words, table, out):
+        moves = table[words >> np.uint32(15) & np.uint32(255)].astype(np.uint64)
+        out[:] = np.minimum(words + moves, 0xFFFFFFFF)
+
+
 BROKEN = {
     **{f"narrow {d.name}": (floats, "narrow", narrow_by_library(d)) for d in LIBRARY},
     **{
@@ -209,6 +222,9 @@ BROKEN = {
     "bias": (rebuild, "_bias", lambda unit: 0x80),
     "groups": (groups, "_order", order_from_the_end),
     "group keys": (groups, "key_field", lambda dtype: (dtype.mantissa_bits - 1, 0xFF)),
+    "steps": (predict, "add_steps", steps_by_rounded_mantissa),
+    "steps, not differences": (predicted, "parse_steps", lambda stored: stored),
+    "steps wrapping": (steps, "_kernels", SteppingSigned),
     "changes": (
         predicted,
         "_apply_changes",

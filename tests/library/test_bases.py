@@ -280,6 +280,25 @@ def test_an_int8_copy(family, tmp_path):
     check_closures(family)
 
 
+def test_a_checkpoint_whose_weights_decay(family, tmp_path):
+    def decay(value: np.ndarray) -> np.ndarray:
+        value = value.copy()
+        for _ in range(100):
+            value *= np.float32(1 - 5e-7)
+        return value
+
+    trained = tuned(base_weights(), 3)
+    weights = {name: decay(value) for name, value in base_weights().items()}
+    for name, value in weights.items():
+        value[: len(value) // 4] = trained[name][: len(value) // 4]
+    report = add(family, write_model(tmp_path / "later", weights))
+    assert "DECAY" in predictors(family, "later")
+    assert report.new_bytes < 0.25 * report.logical_bytes
+    assert family.stats(b"later").saved_bytes["decay"] > 0.5 * report.logical_bytes
+    assert_good(family)
+    check_closures(family)
+
+
 def test_strangers_share_nothing(family, tmp_path):
     add(family, write_model(tmp_path / "stranger", base_weights(seed=77)))
     assert predictors(family, "stranger") == {"PLANES"}

@@ -90,12 +90,16 @@ def test_its_packs_stay_as_they_are_when_it_is_opened(path, version):
     assert digests(path / "packs") == before
 
 
+SINCE_THEN = {Predictor.DECAY}
+"""Added to format 2 when its golden library was there already; tests/codec has golden records."""
+
+
 @pytest.mark.parametrize("version", [2], indirect=True)
 def test_every_predictor_is_in_the_golden_library_of_format_2(path):
     connection = sqlite3.connect(path / "catalog.sqlite")
     found = {code for (code,) in connection.execute("SELECT predictor FROM fragments")}
     connection.close()
-    assert found == set(Predictor)
+    assert found == set(Predictor) - SINCE_THEN
 
 
 @pytest.mark.slow
