@@ -42,11 +42,17 @@ FOREIGN_OPTIONS = {
 
 def command_options(name):
     command = cli.get_command(click.Context(cli), name)
-    return {flag for parameter in command.params for flag in parameter.opts}
+    return {
+        flag
+        for parameter in command.params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 def all_options():
-    group = {flag for parameter in cli.params for flag in parameter.opts} | {"--help"}
+    group = {
+        flag for parameter in cli.params for flag in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help"}
     return group.union(*map(command_options, COMMANDS))
 
 
