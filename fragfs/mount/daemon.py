@@ -65,7 +65,8 @@ def run(
     Args:
         options: What to mount; `mountpoint` as the mount table will spell it.
         on_ready: Called once the mount is in the mount table and about to be served.
-        foreground: Log to stderr rather than to syslog where no log file is named.
+        foreground: Nobody waits for the mount to answer: read-ahead is raised here. Log to stderr
+            rather than to syslog where no log file is named.
         open_library: Opens the library; takes its path.
 
     Returns:
@@ -82,7 +83,7 @@ def run(
     ):
         for name in options.models:
             library.model(name)
-        daemon = _Daemon(options, library)
+        daemon = _Daemon(options, library, is_alone=foreground)
         try:
             trio.run(daemon.serve, on_ready)
         except BaseExceptionGroup as group:
@@ -99,7 +100,8 @@ def run(
 class _Daemon:
     """The tasks of one mount. Everything but the watcher's thread runs in the event loop."""
 
-    def __init__(self, options: MountOptions, library: FragmentLibrary) -> None:
+    def __init__(self, options: MountOptions, library: FragmentLibrary, *, is_alone: bool) -> None:
+        self._is_alone = is_alone
         self._options = options
         self._library = library
         self._tree = TreeView(library, options.models)
@@ -134,7 +136,8 @@ class _Daemon:
                 reading.start(entry)
                 helpers.start_soon(self._obey_signals, signals, operations, entry)
                 helpers.start_soon(self._watch)
-                helpers.start_soon(self._raise_read_ahead, entry)
+                if self._is_alone and self._options.read_ahead_kb is not None:
+                    helpers.start_soon(_raise_read_ahead, entry, self._options.read_ahead_kb)
                 log.info("mounted %s on %s", self._options.library, entry.mountpoint)
                 on_ready()
                 await self._serve_requests()
@@ -195,12 +198,6 @@ class _Daemon:
                 if not isinstance(error, OSError) or error.errno not in _GONE:
                     raise
                 log.warning("the connection to the kernel was aborted")
-
-    async def _raise_read_ahead(self, entry: MountEntry) -> None:
-        """Who mounts in the background does it as well, as soon as the mount answers."""
-        await trio.sleep(_SETTLED_S)
-        if self._options.read_ahead_kb is not None:
-            entry.raise_read_ahead(self._options.read_ahead_kb)
 
     # --- changes of the catalog
 
@@ -301,6 +298,12 @@ class _Kernel:
 
     def forget_attributes(self, number: int) -> None:
         pyfuse3.invalidate_inode(number, attr_only=True)
+
+
+async def _raise_read_ahead(entry: MountEntry, read_ahead_kb: int) -> None:
+    """Who mounts in the background does it when the mount answers; here, some time after that."""
+    await trio.sleep(_SETTLED_S)
+    entry.raise_read_ahead(read_ahead_kb)
 
 
 def _raise_descriptor_limit() -> None:
