@@ -119,11 +119,13 @@ class ReadAhead:
         if offset >= self._size:
             return None
         end = min(offset + size, self._size)
+        # What was read or stored before has left the page cache: somebody begins again there.
+        self._streams = [
+            stream
+            for stream in self._streams
+            if not stream.low <= offset < stream.front - _SLACK_BYTES
+        ]
         stream = self._stream_at(offset)
-        if stream is not None and offset < stream.front - _SLACK_BYTES:
-            # It was read or stored before and has left the page cache: somebody begins again.
-            self._streams.remove(stream)
-            stream = None
         if stream is None:
             return self._begin(offset, end)
         if offset >= stream.tensor_stop:
@@ -177,6 +179,13 @@ class ReadAhead:
             limit = self._tensor_at(min(start, self._size) - 1)[1]
             if stream.beyond == 0:
                 limit = min(limit, stream.tensor_stop)
+        # Threads that share a tensor are streams side by side: no page is wanted twice.
+        for other in self._streams:
+            if other is not stream and other.low <= start < other.next:
+                start = other.next
+        for other in self._streams:
+            if other is not stream and start < other.low:
+                limit = min(limit, other.low)
         start = -(-start // PAGE_BYTES) * PAGE_BYTES
         stop = min(start + stream.window_bytes, self._size)
         if limit < stop:

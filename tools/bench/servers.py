@@ -37,6 +37,7 @@ __all__ = [
     "set_read_ahead",
 ]
 
+_SETTLE_S = 1.5
 SHARED_MEMORY = Path("/dev/shm")
 
 _STATUS = "user.fragfs.status"
@@ -161,6 +162,9 @@ def fragfs_mount(
             words = ["--quiet", "--library", os.fspath(library), "mount", "--grace", "0", *chosen]
             marking = {MARK: os.fspath(point)}
             _run(sys.executable, "-m", "fragfs", *words, os.fspath(point), environment=marking)
+            # Its helpers are starting, which takes as long as reading the file: a mount is there long
+            # before it is read.
+            time.sleep(_SETTLE_S)
             pids = tuple(marked(os.fspath(point)))
             yield Server(point, pids, is_marked=True, cache_directory=cache_directory)
         finally:
