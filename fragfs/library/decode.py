@@ -14,7 +14,7 @@ from fragfs.library.packs import PackReader
 from fragfs.library.records import checksum, parse_fragment_record
 from fragfs.types import Fragment, FragmentId, FragmentMetadata
 
-__all__ = ["NO_SOURCE", "DecodedSource", "FragmentDecoder", "where"]
+__all__ = ["NO_SOURCE", "DecodedSource", "FragmentDecoder", "check_this_machine", "where"]
 
 
 class DecodedSource(Protocol):
@@ -49,8 +49,12 @@ def where(metadata: FragmentMetadata) -> str:
 
 
 @cache
-def _check_this_machine() -> None:
-    """Once in a process: a decoder that is wrong here must not get to read or write anything."""
+def check_this_machine() -> None:
+    """Once in a process: a decoder that is wrong here must not get to read or write anything.
+
+    Raises:
+        IntegrityError: This machine decodes the self-test wrongly.
+    """
     check_decoder()
 
 
@@ -62,7 +66,7 @@ class FragmentDecoder:
     """
 
     def __init__(self, catalog: Catalog, packs: PackReader) -> None:
-        _check_this_machine()
+        check_this_machine()
         self._catalog = catalog
         self._packs = packs
 

@@ -27,6 +27,7 @@ from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.place import CachePlace
 from fragfs.cache.shared import SharedFragmentCache
 from fragfs.errors import FragmentError
+from fragfs.library.decode import check_this_machine
 from fragfs.library.library import FragmentLibrary
 
 __all__ = ["REPLY", "REQUEST", "DecoderOptions", "Reply", "Status", "die_with_parent", "main"]
@@ -247,6 +248,8 @@ def main(arguments: list[str]) -> int:
         socket.socket(fileno=channel) as messages,
         FragmentLibrary.open(options.library) as library,
     ):
+        # Now, not in the first reader's time: it takes a third of a second, with what it imports.
+        check_this_machine()
         decoder = _Decoder(library, SharedFragmentCache(options.place))
         while data := messages.recv(REQUEST.size):
             number, with_bases = REQUEST.unpack(data)

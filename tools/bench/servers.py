@@ -162,8 +162,8 @@ def fragfs_mount(
             words = ["--quiet", "--library", os.fspath(library), "mount", "--grace", "0", *chosen]
             marking = {MARK: os.fspath(point)}
             _run(sys.executable, "-m", "fragfs", *words, os.fspath(point), environment=marking)
-            # Its helpers are starting, which takes as long as reading the file: a mount is there long
-            # before it is read.
+            # Its helpers are starting, which takes as long as reading the file: a mount is mostly
+            # there long before it is read.
             time.sleep(_SETTLE_S)
             pids = tuple(marked(os.fspath(point)))
             yield Server(point, pids, is_marked=True, cache_directory=cache_directory)
