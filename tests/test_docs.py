@@ -32,6 +32,8 @@ FOREIGN_OPTIONS = {
     "--keep",  # of tools/demo.py
     "--large",  # of tools/bench
     "--section",  # of tools/bench
+    "--read-mib",  # of tools/bench
+    "--rounds",  # of tools/bench
     # vLLM and SGLang
     "--safetensors-load-strategy",
     "--weight-loader-prefetch-checkpoints",
