@@ -32,8 +32,8 @@ from fragfs.library.publish import (
     DraftDirectory,
     RemoveReport,
     load_draft,
-    publish_model,
     publish_move,
+    publish_path_removal,
     publish_removal,
 )
 from fragfs.library.writer import Batch, LibraryWriter
@@ -445,7 +445,8 @@ class FragmentLibrary:
         fragments = RemovedFragments(self._catalog, entries)
         with self._writer.batch() as batch:
             if paths:
-                removed = self._remove_paths(batch, raw, paths, entries)
+                gone = publish_path_removal(batch, self._catalog, raw, paths, self._now_ns())
+                removed = [entry for entry in entries if entry.path in gone]
             else:
                 removed = entries
                 publish_removal(batch, self._catalog, raw, self._now_ns())
@@ -459,31 +460,6 @@ class FragmentLibrary:
             kept_bytes=kept_bytes,
             kept_for=tuple(kept_for),
         )
-
-    def _remove_paths(
-        self, batch: Batch, name: bytes, paths: Sequence[bytes], entries: Sequence[FileEntry]
-    ) -> list[FileEntry]:
-        draft = load_draft(self._catalog, name)
-        now_ns = self._now_ns()
-        gone: set[bytes] = set()
-        for path in paths:
-            below = path + b"/"
-            found = {
-                p for p in (*draft.files, *draft.directories) if p == path or p.startswith(below)
-            }
-            if not found or path == b"":
-                raise NotFoundError(
-                    f"{printable(name)} has no file {printable(path)}",
-                    remedy=f"see its files with: fragfs ls {printable(name)}",
-                )
-            gone |= found
-            draft.add_parents(path, now_ns)
-        draft.files = {path: file for path, file in draft.files.items() if path not in gone}
-        draft.directories = {
-            path: directory for path, directory in draft.directories.items() if path not in gone
-        }
-        publish_model(batch, self._catalog, draft, now_ns)
-        return [entry for entry in entries if entry.path in gone]
 
     def move(self, old: str | bytes, new: str | bytes) -> None:
         """Rename a model. Its inodes and bytes stay what they are.

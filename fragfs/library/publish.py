@@ -35,6 +35,7 @@ __all__ = [
     "pack_current_manifest",
     "publish_model",
     "publish_move",
+    "publish_path_removal",
     "publish_removal",
     "refresh_stored_bytes",
 ]
@@ -199,6 +200,37 @@ def publish_removal(batch: Batch, catalog: Catalog, name: bytes, now_ns: int) ->
         _leave_folders(connection, name, now_ns)
 
     batch.commit(apply)
+
+
+def publish_path_removal(
+    batch: Batch, catalog: Catalog, name: bytes, paths: Sequence[bytes], now_ns: int
+) -> set[bytes]:
+    """Remove files and directories of a model.
+
+    Returns:
+        The paths that are gone: those named, and all below them.
+
+    Raises:
+        NotFoundError: No such model or path; nothing was removed.
+    """
+    draft = load_draft(catalog, name)
+    gone: set[bytes] = set()
+    for path in paths:
+        below = path + b"/"
+        found = {p for p in (*draft.files, *draft.directories) if p == path or p.startswith(below)}
+        if not found or path == b"":
+            raise NotFoundError(
+                f"{printable(name)} has no file {printable(path)}",
+                remedy=f"see its files with: fragfs ls {printable(name)}",
+            )
+        gone |= found
+        draft.add_parents(path, now_ns)
+    draft.files = {path: file for path, file in draft.files.items() if path not in gone}
+    draft.directories = {
+        path: directory for path, directory in draft.directories.items() if path not in gone
+    }
+    publish_model(batch, catalog, draft, now_ns)
+    return gone
 
 
 def publish_move(batch: Batch, catalog: Catalog, old: bytes, new: bytes, now_ns: int) -> None:
