@@ -242,11 +242,6 @@ class SharedFragmentCache:
         with contextlib.suppress(OSError):
             os.utime(os.path.join(self._path, file_name(fragment)), ns=(at_ns, at_ns))
 
-    def drop(self, fragment: FragmentId) -> None:
-        """Remove a fragment's file."""
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self._path, file_name(fragment)))
-
     def _is_right(self, file: FragmentFile, fragment: FragmentId, *, check: bool) -> bool:
         size = file.nbytes
         if os.fstat(file.fileno()).st_size != size + FOOTER.size:

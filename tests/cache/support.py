@@ -6,6 +6,7 @@ import sys
 import blake3
 
 from fragfs.cache.place import CachePlace
+from fragfs.cache.shared import file_name
 from fragfs.types import FragmentId
 
 TIMEOUT_S = 60
@@ -25,6 +26,11 @@ def get(cache, fragment, size):
     """The bytes of a fragment in a shared cache, or None."""
     file = cache.get(fragment, size)
     return None if file is None else file.view()
+
+
+def drop(cache, fragment):
+    """Remove a fragment's file, as eviction by another process does."""
+    (cache.place.directory / file_name(fragment)).unlink(missing_ok=True)
 
 
 def bytes_of(fetched):

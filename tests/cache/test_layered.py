@@ -8,7 +8,7 @@ from fragfs.cache.layered import LayeredFragmentCache, leaving_credit_s
 from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.shared import SharedFragmentCache, file_name
 from fragfs.types import FragmentMetadata
-from tests.cache.support import fragment_of, place_at, raw_of
+from tests.cache.support import drop, fragment_of, place_at, raw_of
 
 SIZE = 70_000
 BASE = 5
@@ -39,7 +39,7 @@ def test_what_one_process_put_another_gets_and_keeps_as_a_view(shared):
     one.put(1, raw_of(1, SIZE))
     assert two.holds(1)
     assert two.get(1) == raw_of(1, SIZE)
-    shared.drop(identify(1).id)
+    drop(shared, identify(1).id)
     assert two.holds(1)
     assert two.get(1) == raw_of(1, SIZE)
     assert layered(shared).get(1) is None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fragfs.cache import shared as module
 from fragfs.cache.place import CachePlace
 from fragfs.cache.shared import FOOTER, SharedFragmentCache, file_name
-from tests.cache.support import Child, fragment_of, get, place_at, raw_of
+from tests.cache.support import Child, drop, fragment_of, get, place_at, raw_of
 
 SIZES = (0, 1, 100, 65_536 - FOOTER.size - 1, 65_536, 1_000_003)
 """Copied and mapped ones: see _MAP_BYTES_MIN."""
@@ -90,7 +90,7 @@ def test_a_view_survives_eviction_removal_and_the_end_of_the_cache(directory, si
     assert first == raw_of(5, size)
     put(cache, 5, size)
     second = get(cache, fragment, size)
-    cache.drop(fragment)
+    drop(cache, fragment)
     cache.close()
     shutil.rmtree(directory)
     assert first == second == raw_of(5, size)
@@ -307,7 +307,7 @@ def test_a_directory_that_was_deleted_is_only_misses(cache, directory):
     assert not cache.put(fragment_of(raw_of(2)), raw_of(2))
     assert not cache.holds(fragment)
     cache.touch(fragment, 5)
-    cache.drop(fragment)
+    drop(cache, fragment)
     cache.trim()
     assert cache.claim(fragment)
     cache.release(fragment)
@@ -540,7 +540,7 @@ def test_equals_a_dictionary_of_places_in_the_order_of_leaving(tmp_path_factory,
                         path.write_bytes(b"damaged for good".ljust(path.stat().st_size))
                         os.utime(path, ns=(place_ns, place_ns))
                 else:
-                    cache.drop(ids[number]) if step == "drop" else path.unlink()
+                    drop(cache, ids[number]) if step == "drop" else path.unlink()
                     del model[number]
                     damaged.discard(number)
             assert held_by(directory) == {file_name(ids[number]) for number in model}
