@@ -25,6 +25,7 @@ enum {
     LOGS = 2 * SAMPLE_WORDS, /* a sample has fewer words than this */
     UNIT_MAX = 8,
     PLANES = 8,
+    PACKED_WORDS = 1 << 12, /* packed at a time: codes stay in the first-level cache */
     FIXED = 16, /* fraction bits of costs and logarithms */
     LOSS_BITS = 8,
     RAW_TENTHS = 77,
@@ -36,6 +37,26 @@ typedef struct {
     uint32_t low[2][256];
     uint32_t upper[UNIT_MAX - 1][256];
 } Survey;
+
+/* Packs codes of so many bits, one to a byte, 8/bits to a byte; zeros follow the last one. */
+VECTOR_LOOP static void join_codes(const uint8_t *restrict codes, size_t count, unsigned bits,
+                                   uint8_t *restrict packed)
+{
+    if (bits == 4)
+        for (size_t i = 0; i < (count + 1) / 2; i++)
+            packed[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
+    else if (bits == 2)
+        for (size_t i = 0; i < (count + 3) / 4; i++)
+            packed[i] = (uint8_t)(codes[4 * i] | codes[4 * i + 1] << 2 | codes[4 * i + 2] << 4 |
+                                  codes[4 * i + 3] << 6);
+    else
+        for (size_t i = 0; i < (count + 7) / 8; i++) {
+            unsigned byte = 0;
+            for (unsigned k = 0; k < 8; k++)
+                byte |= (unsigned)codes[8 * i + k] << k;
+            packed[i] = (uint8_t)byte;
+        }
+}
 
 #define DEFINE_WRITING(word)                                                                       \
     static size_t survey_##word(const word *restrict values, size_t count, size_t step,            \
@@ -65,22 +86,47 @@ typedef struct {
         for (size_t i = 0; i < count; i++)                                                         \
             out[i] = (uint8_t)((word)(values[i] + bias) >> shift);                                 \
     }                                                                                              \
+    VECTOR_LOOP static void cut_##word(const word *restrict values, size_t count, unsigned bits,   \
+                                       uint8_t *restrict codes)                                    \
+    {                                                                                              \
+        const word escape = (word)((1u << bits) - 1), zero = (word)((1u << (bits - 1)) - 1);       \
+        for (size_t i = 0; i < count; i++) {                                                       \
+            word shifted = (word)(values[i] + zero);                                               \
+            codes[i] = (uint8_t)(shifted < escape ? shifted : escape);                             \
+        }                                                                                          \
+    }                                                                                              \
+    /* Escapes are rare: eight codes without one are passed over at once. */                       \
+    static size_t collect_##word(const word *restrict values, const uint8_t *restrict codes,       \
+                                 size_t count, uint8_t escape, word *restrict outside)             \
+    {                                                                                              \
+        const uint64_t each = 0x0101010101010101u;                                                 \
+        size_t used = 0;                                                                           \
+        for (size_t i = 0; i < count; i += 8) {                                                    \
+            uint64_t eight;                                                                        \
+            memcpy(&eight, codes + i, 8);                                                          \
+            /* Codes are below 16, so a byte that the sum makes 0x80 or more was the escape. */    \
+            if (!((eight + each * (0x80u - escape)) & each * 0x80))                                \
+                continue;                                                                          \
+            for (size_t k = i; k < i + 8 && k < count; k++) {                                      \
+                outside[used] = values[k];                                                         \
+                used += codes[k] == escape;                                                        \
+            }                                                                                      \
+        }                                                                                          \
+        return used;                                                                               \
+    }                                                                                              \
     static size_t pack_##word(const word *restrict values, size_t count, unsigned bits,            \
                               uint8_t *restrict packed, word *restrict outside)                    \
     {                                                                                              \
-        const word escape = (word)((1u << bits) - 1), zero = (word)((1u << (bits - 1)) - 1);       \
+        /* Whole bytes of any width, and zeros behind the last code. */                            \
+        uint8_t codes[PACKED_WORDS];                                                               \
+        const uint8_t escape = (uint8_t)((1u << bits) - 1);                                        \
         size_t used = 0;                                                                           \
-        for (size_t i = 0; i < count; packed++) {                                                  \
-            unsigned codes = 0;                                                                    \
-            size_t end = count - i < 8 / bits ? count : i + 8 / bits;                              \
-            for (unsigned place = 0; i < end; i++, place += bits) {                                \
-                word shifted = (word)(values[i] + zero);                                           \
-                int is_outside = shifted >= escape;                                                \
-                codes |= (unsigned)(is_outside ? escape : shifted) << place;                       \
-                outside[used] = values[i];                                                         \
-                used += (size_t)is_outside;                                                        \
-            }                                                                                      \
-            *packed = (uint8_t)codes;                                                              \
+        for (size_t i = 0; i < count; i += PACKED_WORDS) {                                         \
+            size_t some = count - i < PACKED_WORDS ? count - i : PACKED_WORDS;                     \
+            cut_##word(values + i, some, bits, codes);                                             \
+            memset(codes + some, 0, -some % 8);                                                    \
+            used += collect_##word(values + i, codes, some, escape, outside + used);               \
+            join_codes(codes, some, bits, packed + i * bits / 8);                                  \
         }                                                                                          \
         return used;                                                                               \
     }
