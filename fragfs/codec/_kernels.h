@@ -37,6 +37,12 @@ static inline void fetch_ahead(const void *from, size_t size)
 /* _planes.c */
 HIDDEN PyObject *put_together(PyObject *self, PyObject *args);
 
+/* _split.c */
+HIDDEN void prepare_split(void);
+HIDDEN void allow_split_vectors(int is_allowed);
+HIDDEN PyObject *split(PyObject *self, PyObject *args);
+HIDDEN PyObject *count_keys(PyObject *self, PyObject *args);
+
 /* _rebuild.c */
 HIDDEN void prepare_rebuild(void);
 HIDDEN PyObject *allow_vectors(PyObject *self, PyObject *allowed);

@@ -77,6 +77,7 @@ PyObject *allow_vectors(PyObject *self, PyObject *allowed)
     int truth = PyObject_IsTrue(allowed);
     if (truth < 0)
         return NULL;
+    allow_split_vectors(truth);
 #if HAS_VECTORS
     can_spread = has_vectors && truth;
     return PyBool_FromLong(can_spread);

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["find_kernels"]
 
-_VERSION = 4
+_VERSION = 5
 """Of the functions and what they take; raised with every change to them, here and in the source."""
 
 

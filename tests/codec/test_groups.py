@@ -76,7 +76,7 @@ def test_compiled_loops_for_other_sources_are_not_used(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", EVERY_KIND, ids=names)
-def test_split_and_join(dtype, kernels):
+def test_split_and_join(dtype, loops):
     prediction = weights(dtype)
     words = words_of(nudged(prediction.tobytes(), dtype, step=50), dtype)
     groups = plan_groups(prediction, dtype)
@@ -117,7 +117,7 @@ def test_few_words_are_one_group(kernels):
         assert plan_groups(weights(Dtype.BF16, count), Dtype.BF16) == Groups((255,), (count,))
 
 
-def test_an_exponent_for_every_word(kernels):
+def test_an_exponent_for_every_word(loops):
     spread = np.arange(1 << 18, dtype=np.uint32).astype("<u2")
     groups = plan_groups(spread, Dtype.BF16)
     assert len(groups.sizes) <= GROUPS_MAX
@@ -151,7 +151,8 @@ def test_lookup():
 @given(
     data=st.data(),
     dtype=st.sampled_from(KEYED),
-    count=st.integers(1, 60),
+    # Vectors sort blocks of 1024.
+    count=st.integers(1, 60) | st.integers(1020, 2060),
     seed=st.integers(0, 1000),
 )
 def test_any_groups_of_any_words(data, dtype, count, seed):
@@ -160,19 +161,23 @@ def test_any_groups_of_any_words(data, dtype, count, seed):
     prediction = np.frombuffer(rng.bytes(count * kind.itemsize), kind)
     words = np.frombuffer(rng.bytes(count * kind.itemsize), kind)
     shift, mask = key_field(dtype)
-    last_keys = sorted({*data.draw(st.lists(st.integers(0, 254), max_size=5)), 255})
+    last_keys = sorted({*data.draw(st.lists(st.integers(0, 254), max_size=20)), 255})
     keys = (prediction >> kind.type(shift)) & kind.type(mask)
     sizes = np.diff(
         [0, *(int(np.count_nonzero(keys <= kind.type(last))) for last in last_keys)]
     ).tolist()
     groups = Groups(tuple(last_keys), tuple(sizes))
     expected = reference_split(words, prediction, groups, dtype)
-    for kernels in (module._kernels, None):
+    for kernels, vectors in ((module._kernels, True), (module._kernels, False), (None, False)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_kernels", kernels)
+            if kernels is not None:
+                kernels.allow_vectors(vectors)
             split = split_groups(words, prediction, groups, dtype)
             assert np.array_equal(split, expected)
             assert np.array_equal(joined(split, prediction, groups, dtype), words)
+            if kernels is not None:
+                kernels.allow_vectors(True)
 
 
 @pytest.mark.parametrize("dtype", WIDTHS.values(), ids=names)
@@ -188,7 +193,7 @@ def test_groups_of_another_prediction_are_refused(dtype, kernels):
 
 
 @pytest.mark.parametrize("dtype", WIDTHS.values(), ids=names)
-def test_words_that_lie_across_their_natural_places(dtype, kernels):
+def test_words_that_lie_across_their_natural_places(dtype, loops):
     prediction = weights(dtype, 5000)
     words = words_of(nudged(prediction.tobytes(), dtype, step=50), dtype)
     groups = plan_groups(prediction, dtype)
@@ -300,6 +305,29 @@ class TestKernelArguments:
             self.call("split", kernel_arguments | wrong)
         assert (around[:100] == 0xABCD).all()
         assert (around[200:] == 0xABCD).all()
+
+    @pytest.mark.parametrize("kind", ["<u2", "<u4"])
+    def test_blocks_of_a_group_that_runs_over_write_nothing_outside(self, kind):
+        keys = np.arange(5000, dtype=kind) % 4
+        out = np.full(5200, 0xABCD, kind)
+        lookup = Groups((0, 1, 2, 255), (1, 1, 1, 1)).lookup()
+        for sizes in ([1249, 1250, 1250, 1251], [5000, 0, 0, 0], [0, 5000, 0, 0], [1, 1, 1, 4997]):
+            arguments = (keys, keys, lookup, np.array(sizes, np.uint32), out[100:5100])
+            with pytest.raises(ValueError, match="more words than it should"):
+                module._kernels.split(out.itemsize, *arguments, 0, 255)
+            assert (out[:100] == 0xABCD).all()
+            assert (out[5100:] == 0xABCD).all()
+
+    @pytest.mark.parametrize("group_count", [2, 16, 17, 64])
+    def test_groups_whose_keys_are_no_neighbours(self, group_count):
+        keys = np.random.default_rng(5).integers(0, 256, 5000).astype("<u2")
+        lookup = (np.arange(256) % group_count).astype(np.uint8)
+        sizes = np.bincount(lookup[keys], minlength=group_count).astype(np.uint32)
+        out = np.empty_like(keys)
+        values = np.arange(5000, dtype="<u2")
+        module._kernels.split(2, values, keys, lookup, sizes, out, 0, 255)
+        order = np.argsort(lookup[keys], kind="stable")
+        assert np.array_equal(out, (values - keys)[order])
 
     @pytest.mark.parametrize(
         "wrong",
