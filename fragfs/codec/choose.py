@@ -104,7 +104,7 @@ def encode_best(
     solo_share = estimate_solo(view, dtype, zstd_level) if best.share > _SURE else 1.0
     if best.share > solo_share / _BASE_GAIN:
         return Choice(encode_solo(view, dtype, zstd_level=zstd_level))
-    encoding = _encode(view, dtype, tried.candidates, best, zstd_level)
+    encoding = _encode(view, dtype, tried.candidates, best, level, zstd_level)
     if encoding.size > _CLOSE * solo_share * len(view):
         solo = encode_solo(view, dtype, zstd_level=zstd_level)
         if encoding.size > _BASE_GAIN * solo.size:
@@ -136,7 +136,7 @@ def encode_from(
     if not found:
         return None
     best = tried.settle_grouping(min(found, key=attrgetter("share")))
-    return _encode(view, dtype, bases, best, zstd_level)
+    return _encode(view, dtype, bases, best, level, zstd_level)
 
 
 def estimate_single(
@@ -173,6 +173,7 @@ def _encode(
     dtype: Dtype,
     candidates: Sequence[Candidate],
     trial: Trial,
+    level: Level,
     zstd_level: int,
 ) -> Encoding:
     return encode_predicted(
@@ -181,5 +182,6 @@ def _encode(
         trial.prediction,
         [candidates[index].raw for index in trial.bases],
         grouped=trial.grouped,
+        fine=level is Level.SMALL,
         zstd_level=zstd_level,
     )

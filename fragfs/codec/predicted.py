@@ -56,6 +56,7 @@ def encode_predicted(
     *,
     grouped: bool,
     zstd_level: int,
+    fine: bool = False,
 ) -> Encoding:
     """Store what a prediction got wrong, and what its bases do not cover.
 
@@ -66,6 +67,7 @@ def encode_predicted(
         bases: Raw bytes of each base.
         grouped: Group residuals by the exponent of the prediction.
         zstd_level: zstd level of what no base covers.
+        fine: Make groups finer, for space.
 
     Returns:
         An encoding, which may be larger than `raw`. SPARSE for a DELTA that is best listed.
@@ -88,7 +90,9 @@ def encode_predicted(
             store_streams(prediction.scales.view("<u4"), _RESIDUAL_LEVEL, params, payload)
         elif predictor is Predictor.DECAY:
             store_streams(pack_steps(prediction.steps), _RESIDUAL_LEVEL, params, payload)
-        stored = encode_residual(words, predicted, dtype, grouped=grouped, level=_RESIDUAL_LEVEL)
+        stored = encode_residual(
+            words, predicted, dtype, grouped=grouped, level=_RESIDUAL_LEVEL, fine=fine
+        )
         params.append(stored[0])
         payload += stored[1]
     rest = view[count * unit :]

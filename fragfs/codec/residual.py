@@ -63,7 +63,13 @@ def _store(plane: NDArray[np.uint8], level: int, params: list[bytes], payload: l
 
 
 def encode_residual(
-    words: Words, prediction: Words, dtype: Dtype, *, grouped: bool, level: int
+    words: Words,
+    prediction: Words,
+    dtype: Dtype,
+    *,
+    grouped: bool,
+    level: int,
+    fine: bool = False,
 ) -> tuple[bytes, list[Bytes]]:
     """Store what `prediction` got wrong about `words`.
 
@@ -73,13 +79,14 @@ def encode_residual(
         dtype: How they read.
         grouped: Group them by the exponent of the prediction, if there are enough of them.
         level: zstd level for planes in which matches pay.
+        fine: Make groups finer, for space.
 
     Returns:
         Parameters and payload; parameters are one zero byte if the prediction is right throughout.
     """
     groups = Groups((255,), (words.size,))
     if grouped:
-        groups = plan_groups(prediction, dtype)
+        groups = plan_groups(prediction, dtype, fine=fine)
     residual = split_groups(words, prediction, groups, dtype)
     forms = choose_forms(residual, groups.sizes).forms
     if not any(forms):

@@ -66,6 +66,18 @@ def test_a_fine_tune_is_a_delta(dtype):
         assert choice.encoding.size <= 0.5 * encode_solo(raw, dtype, zstd_level=3).size, level
 
 
+def test_level_small_groups_more_finely():
+    weights = numbers(1 << 19)
+    base = as_dtype(weights, Dtype.BF16)
+    raw = as_dtype(weights + 0.01 * numbers(1 << 19, seed=1), Dtype.BF16)
+    encodings = [
+        choose(raw, Dtype.BF16, (Dtype.BF16, base), level=level).encoding
+        for level in (Level.BALANCED, Level.SMALL)
+    ]
+    balanced, small = (encoding.params[4] for encoding in encodings)  # behind `covered`
+    assert 1 < balanced < small
+
+
 @EVERY_KIND_OF_WORD
 def test_one_changed_bit_is_listed(dtype):
     base = as_dtype(numbers(), dtype)

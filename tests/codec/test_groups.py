@@ -79,11 +79,19 @@ def test_compiled_loops_for_other_sources_are_not_used(monkeypatch):
 def test_split_and_join(dtype, loops):
     prediction = weights(dtype)
     words = words_of(nudged(prediction.tobytes(), dtype, step=50), dtype)
-    groups = plan_groups(prediction, dtype)
-    assert sum(groups.sizes) == words.size
-    split = split_groups(words, prediction, groups, dtype)
-    assert np.array_equal(split, reference_split(words, prediction, groups, dtype))
-    assert np.array_equal(joined(split, prediction, groups, dtype), words)
+    for fine in (False, True):
+        groups = plan_groups(prediction, dtype, fine=fine)
+        assert sum(groups.sizes) == words.size
+        split = split_groups(words, prediction, groups, dtype)
+        assert np.array_equal(split, reference_split(words, prediction, groups, dtype))
+        assert np.array_equal(joined(split, prediction, groups, dtype), words)
+
+
+def test_fine_groups_are_more_groups():
+    prediction = weights(Dtype.BF16, 1 << 19)
+    coarse, fine = (plan_groups(prediction, Dtype.BF16, fine=f) for f in (False, True))
+    assert len(coarse.sizes) < len(fine.sizes) <= GROUPS_MAX
+    assert min(fine.sizes) < min(coarse.sizes)
 
 
 @pytest.mark.parametrize("dtype", KEYED, ids=names)
