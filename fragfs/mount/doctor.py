@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ __all__ = ["Diagnosis", "Repair", "diagnose", "find_entries", "read_system", "re
 _ANSWER_S = 3.0
 _SYSCTL = Path("/proc/sys/fs/fuse")
 _UNLIMITED = 1 << 60
+_LARGE_PAGES_SINCE = (6, 14)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,24 @@ def read_system(shared_memory: Path = SHARED_MEMORY) -> SystemFacts:
         group_bytes=group if group < _UNLIMITED else None,
         shared_bytes=status.f_blocks * status.f_frsize if status else None,
         shared_free_bytes=status.f_bavail * status.f_frsize if status else None,
+        shared_small_pages=_has_small_pages(shared_memory),
         abandoned=tuple(find_abandoned(user_directory(shared_memory))),
+    )
+
+
+def _has_small_pages(place: Path) -> bool:
+    """Whether a tmpfs could hold files in larger pages, but was not told to.
+
+    Source: tmpfs(5), `huge`; since Linux 6.14 that means pages as large as what is written.
+    """
+    entry = find_mount(place)
+    release = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    return (
+        entry is not None
+        and entry.filesystem_type == "tmpfs"
+        and not any(option.startswith("huge=") for option in entry.options)
+        and release >= _LARGE_PAGES_SINCE
+        and os.path.isdir("/sys/kernel/mm/transparent_hugepage")
     )
 
 

@@ -1,5 +1,6 @@
 """Diagnosis and repair of real mounts, and what the machine says of itself."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -8,11 +9,12 @@ import pytest
 
 from fragfs.cache.users import USERS_NAME
 from fragfs.errors import NotFoundError, StorageError, UsageError
+from fragfs.mount import doctor
 from fragfs.mount.doctor import diagnose, find_entries, read_system, repair
 from fragfs.mount.findings import Severity
 from fragfs.mount.live import live_mounts, named_mount
 from fragfs.mount.probe import MountAnswer, MountState, ask_mount, ask_mounts
-from fragfs.mount.table import find_mount
+from fragfs.mount.table import MountEntry, find_mount
 from tests.mount.support import is_alive, make_library, run_reader, wait_until
 
 mounted = [pytest.mark.mount, pytest.mark.slow]
@@ -47,6 +49,23 @@ def test_the_machine_tells_what_it_has(tmp_path):
     assert facts.shared_bytes >= facts.shared_free_bytes > 0
     assert facts.page_bytes == os.sysconf("SC_PAGESIZE")
     assert facts.abandoned == ()
+
+
+@pytest.mark.parametrize("release", ["6.14.0", "7.0-rc1", "6.13.9-generic", "5.15"])
+def test_small_pages_of_shared_memory_are_seen(tmp_path, monkeypatch, release):
+    options = "size=16m"
+    entry = MountEntry(7, "0:42", tmp_path, ("rw", options), "tmpfs", "tmpfs")
+    uname = os.uname()
+    named = os.uname_result((uname.sysname, uname.nodename, release, uname.version, uname.machine))
+    monkeypatch.setattr(doctor, "find_mount", lambda place: entry if place == tmp_path else None)
+    monkeypatch.setattr(doctor.os, "uname", lambda: named)
+    is_known = os.path.isdir("/sys/kernel/mm/transparent_hugepage")
+    is_new = release[0] == "7" or release.startswith("6.14")
+    assert read_system(tmp_path).shared_small_pages == (is_known and is_new)
+    assert not read_system(tmp_path.parent).shared_small_pages
+    large = dataclasses.replace(entry, options=("rw", options, "huge=within_size"))
+    monkeypatch.setattr(doctor, "find_mount", lambda _: large)
+    assert not read_system(tmp_path).shared_small_pages
 
 
 def test_unused_caches_are_found_and_removed(tmp_path):

@@ -32,6 +32,7 @@ SYSTEM = SystemFacts(
     group_bytes=None,
     shared_bytes=64 << 20,
     shared_free_bytes=60 << 20,
+    shared_small_pages=False,
     abandoned=(),
 )
 ENTRY = MountEntry(7, "0:42", Path("/mnt/m"), ("ro", "user_id=1000"), "fuse.fragfs", "fragfs")
@@ -118,6 +119,7 @@ def test_counters_of_another_version_are_no_error(status):
         ({"default_timeout_s": 300, "max_timeout_s": 600}, "timeout", Severity.ADVICE, "300 s"),
         ({"memory_bytes": 99 << 20}, "memory", Severity.PROBLEM, "104 MB available"),
         ({"group_bytes": 4 << 30}, "memory", Severity.OK, "control group still allows 4.29 GB"),
+        ({"shared_small_pages": True}, "shared memory", Severity.ADVICE, "a quarter longer"),
         ({"abandoned": ((Path("/s/a"), 10**7),)}, "caches", Severity.ADVICE, "10 MB of memory"),
     ],
 )
