@@ -102,7 +102,8 @@ class SystemFacts:
         group_bytes: What the control group of this process still allows; None if it has no limit.
         shared_bytes: Size of the file system for shared memory.
         shared_free_bytes: What is free of it.
-        shared_small_pages: Whether it holds files in the smallest pages, and this kernel has larger ones.
+        shared_small_pages: Whether it holds files in the smallest pages, where this kernel has
+            larger ones.
         abandoned: Fragment caches nobody uses: directory and bytes.
     """
 
