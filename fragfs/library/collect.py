@@ -76,8 +76,8 @@ class GcReport:
         freed_bytes: By how much the packs shrank; negative if they grew.
         leases: What stays for whom; two may keep the same.
         leased_bytes: Record bytes that stay for leases.
-        recent_bytes: Record bytes that no model names and that an add stored within the grace
-            period.
+        recent_bytes: Other record bytes that stay because an add stored them within
+            the grace period and no model names them yet.
         base_bytes: Record bytes that are in no file and stay because others are predicted from
             them.
         base_users: The models those others are in and the record bytes each needs, most first.
@@ -103,8 +103,8 @@ class _Marks:
     Attributes:
         generation: The catalog's generation it was found at.
         table: All fragments.
-        unneeded: What no model needs, and no add that may be resumed.
-        recent: What only adds that may be resumed need.
+        unneeded: What no model needs.
+        recent: What of it an add needs that may be resumed.
         settled: Rows of `unpublished` that are older than the grace period.
         future: Rows of `unpublished` from the future.
     """
@@ -115,6 +115,11 @@ class _Marks:
     recent: Mask
     settled: list[int]
     future: list[int]
+
+    @property
+    def droppable(self) -> Mask:
+        """What may go, as far as leases allow."""
+        return self.unneeded & ~self.recent
 
     def stored(self, mask: Mask) -> int:
         return int(self.table.record[mask].sum())
@@ -200,7 +205,7 @@ class Collector:
             if stored_ns > now_ns:
                 future.append(first)
         recent = _closure(table, tuple(young)) & ~needed
-        unneeded = ~needed & ~recent & (table.record > 0)
+        unneeded = ~needed & (table.record > 0)
         return _Marks(generation, table, unneeded, recent, settled, future)
 
     def _kept(self, marks: _Marks, leases: Sequence[LeaseState], *, alone: bool) -> _Kept:
@@ -222,7 +227,7 @@ class Collector:
         marks = self._mark(grace_s)
         with no_new_leases(self._directory) as alone:
             kept = self._kept(marks, live_leases(self._directory), alone=alone)
-        doomed = marks.unneeded & ~kept.mask
+        doomed = marks.droppable & ~kept.mask
         left = marks.table.record * ~doomed
         live = np.bincount(marks.table.pack, left)
         return self._report(
@@ -255,11 +260,13 @@ class Collector:
                 with no_new_leases(self._directory) as alone:
                     leases = live_leases(self._directory, remove_dead=True)
                     wait = (
-                        patience_s > 0 and bool(marks.unneeded.any()) and _are_behind(leases, marks)
+                        patience_s > 0
+                        and bool(marks.droppable.any())
+                        and _are_behind(leases, marks)
                     )
                     if not wait:
                         kept = self._kept(marks, leases, alone=alone)
-                        doomed = np.flatnonzero(marks.unneeded & ~kept.mask)[:_DROPPED_AT_ONCE]
+                        doomed = np.flatnonzero(marks.droppable & ~kept.mask)[:_DROPPED_AT_ONCE]
                         if doomed.size or marks.settled or marks.future:
                             batch.drop_fragments(doomed.tolist())
                             batch.commit(self._settle(marks))
@@ -318,7 +325,7 @@ class Collector:
             freed_bytes=freed_bytes,
             leases=tuple(kept.leases),
             leased_bytes=marks.stored(kept.mask),
-            recent_bytes=marks.stored(marks.recent),
+            recent_bytes=marks.stored(marks.recent & ~kept.mask),
             base_bytes=base_bytes,
             base_users=tuple(base_users),
             kept_packs=kept_packs,

@@ -303,6 +303,10 @@ class FragmentLibrary:
         number, size, mtime_ns, sha256, stored_bytes, extents = row
         return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
 
+    def has_content(self, content: int) -> bool:
+        """Whether a file content is in the catalog (still)."""
+        return self._catalog.row("SELECT 1 FROM contents WHERE number = ?", (content,)) is not None
+
     @contextmanager
     def _pinned(self, numbers: Collection[int], what: str) -> Iterator[dict[int, OpenContent]]:
         """Contents that stay readable while the context lasts, whatever is removed meanwhile.

@@ -57,7 +57,7 @@ def test_a_lease_waits_for_who_is_alone(tmp_path):
 def test_a_lease_dies_with_its_process(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from fragfs.library.lease import hold_lease\n"
-        "with hold_lease(Path(sys.argv[1]), "child"): print('held', flush=True); time.sleep(60)"
+        "with hold_lease(Path(sys.argv[1]), 'child'): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -220,6 +220,9 @@ def test_a_killed_add_holds_nothing(library, tmp_path):
     assert process.stdout.readline() == "committed\n"
     process.kill()
     process.communicate()
-    report = library.optimize(workers=1)
-    assert report.leased_bytes == 0
+    report = library.collect()
+    assert report.leases == ()
+    assert report.recent_bytes
+    report = library.collect(grace_s=0)
+    assert report.recent_bytes == 0
     assert fragment_count(library) == before
