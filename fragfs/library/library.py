@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
@@ -526,11 +526,20 @@ class FragmentLibrary:
         progress: Progress = NO_PROGRESS,
         workers: int | None = None,
     ) -> Iterator[VerifiedFile]:
-        """Decode every file of a model (or of all) and compare it with its recorded SHA-256."""
+        """Decode every file of a model (or of all) and compare it with its recorded SHA-256.
+
+        What is removed meanwhile is passed over.
+
+        Raises:
+            NotFoundError: No such model.
+        """
         from fragfs.library.readback import verify_files
 
         models = [self.model(name)] if name is not None else self.models()
-        files = [(model.name, entry) for model in models for entry in self.files(model.name)]
+        files: list[tuple[bytes, FileEntry]] = []
+        for model in models:
+            with suppress(NotFoundError):
+                files += [(model.name, entry) for entry in self.files(model.name)]
         return verify_files(
             files, self.open_content, self._decode_cold, workers or _cores(), progress
         )

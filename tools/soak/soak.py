@@ -312,7 +312,7 @@ class Soak:
         self._check_nothing_left()
 
     def _clear_cache_on_disk(self) -> None:
-        """Its last user may have been killed; the next one finds that, and removes it at its end."""
+        """Its last user may have been killed; the next one finds that, and removes it."""
         point = self._mounts / "last"
         point.mkdir()
         Mount(self.runner, point, self._cache_on_disk()).unmount()
