@@ -123,6 +123,8 @@ class MountOperations(pyfuse3.Operations):
     @answering
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name; a missing one is never cached, so that it may appear at any time."""
+        if len(name) > _NAME_BYTES_MAX:  # the kernel's own limit for FUSE is higher
+            raise FUSEError(errno.ENAMETOOLONG)
         directory = self._directory(parent)
         node = self._tree.lookup(join_path(directory.path, name))
         if node is None:

@@ -59,7 +59,8 @@ class Keeper:
         levels = ("fast", "balanced", "small")
         actions: list[list[str]] = [["optimize"], *(["optimize", "--level", x] for x in levels)]
         if "gc" in COMMANDS:
-            actions += [["gc"]] * 5 + [["gc", "--dry-run"]]
+            # Without grace what killed adds left goes at once, and a running one must not notice.
+            actions += [["gc", "--grace", "0"]] * 4 + [["gc"], ["gc", "--dry-run"]]
         if "check" in COMMANDS:
             actions += [["check"]] * 3 + [["check", "--data"]] * 2
         self._repeat(lambda: self._reorganize(self._chosen.choice(actions)), pause_s=2.0)

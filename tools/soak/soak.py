@@ -293,7 +293,7 @@ class Soak:
         run = self.runner.run
         self._compare_list()
         if "gc" in COMMANDS:
-            run("gc", "gc")  # with a mount that nobody reads through
+            run("gc", "gc", "--grace", "0")  # with a mount that nobody reads through
         steady.unmount()
         self._clear_cache_on_disk()
         self._check_no_processes()
@@ -304,7 +304,7 @@ class Soak:
         self._verify_models()
         run("optimize", "optimize")
         if "gc" in COMMANDS:
-            run("gc", "gc")
+            run("gc", "gc", "--grace", "0")
         self._verify_models()
         self._compare_sizes()
         if "check" in COMMANDS:
