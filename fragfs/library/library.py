@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from fragfs.errors import FragmentError, NotFoundError, StorageError
+from fragfs.errors import FormatError, FragmentError, NotFoundError, StorageError
 from fragfs.library import tree
 from fragfs.library.catalog import (
     Catalog,
 )
-from fragfs.library.extents import ExtentMap, OpenContent
+from fragfs.library.extents import ExtentMap, OpenContent, check_seal
 from fragfs.library.files import Files, OsFiles
 from fragfs.library.lease import hold_lease
 from fragfs.library.names import as_name, join, printable
@@ -289,6 +289,7 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No file shows it any more.
+            FormatError: The catalog is damaged.
         """
         row = self._catalog.row(
             "SELECT number, size, mtime_ns, sha256, stored_bytes, extents FROM contents"
@@ -297,8 +298,18 @@ class FragmentLibrary:
         )
         if row is None:
             raise NotFoundError(f"content {content} is not in the library (any more)")
-        number, size, mtime_ns, sha256, stored_bytes, extents = row
-        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
+        number, size, mtime_ns, sha256, stored_bytes, blob = row
+        check_seal(blob, number, sha256)
+        extents = ExtentMap.parse(blob)
+        if extents.size != size:
+            raise FormatError(
+                f"content {number} has {size} bytes, its extents have {extents.size}",
+                path=str(self._catalog.path),
+                remedy="restore the catalog from a backup",
+                expected=size,
+                actual=extents.size,
+            )
+        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, extents)
 
     def open_file(self, name: str | bytes, path: str | bytes) -> BinaryIO:
         """A file of a model as a read-only, seekable Python file, decoded while it is read.
