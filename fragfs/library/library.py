@@ -190,16 +190,19 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No such model.
+            FormatError: The catalog is damaged there.
         """
         model = self.model(name)
-        entries = [
-            FileEntry(join(directory, leaf), *rest)
-            for directory, leaf, *rest in self._catalog.rows(
-                "SELECT directory, name, content, size, sha256, mode, files.mtime_ns, stored_bytes,"
-                " verdict FROM files JOIN contents ON contents.number = content WHERE model = ?",
-                (model.number,),
-            )
-        ]
+        entries = []
+        for is_indexed, directory, leaf, *rest in self._catalog.rows(
+            f"SELECT {tree.IS_INDEXED}, directory, name, content, size, sha256, mode,"
+            " files.mtime_ns, stored_bytes, verdict"
+            " FROM files JOIN contents ON contents.number = content WHERE model = ?",
+            (model.number,),
+        ):
+            entry = FileEntry(join(directory, leaf), *rest)
+            tree.check_file(entry.path, entry.content, entry.size, is_indexed)
+            entries.append(entry)
         return sorted(entries, key=lambda entry: entry.path)
 
     def manifest(self, name: str | bytes) -> ModelManifest:
