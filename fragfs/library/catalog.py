@@ -218,7 +218,8 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         ) from error
     except sqlite3.IntegrityError:
         raise  # a constraint of ours: a defect of fragfs, not of the database file
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        # The latter where SQLite's own message quotes a damaged schema.
         raise FormatError(
             f"catalog {path} is damaged: {error}",
             path=str(path),
@@ -518,6 +519,7 @@ class Catalog:
             or not 0 <= offset <= _OFFSET_MAX
             or not 0 < record_size <= FRAGMENT_BYTES_MAX + RECORD_HEADER_BYTES_MAX
             or not 0 <= raw_size <= FRAGMENT_BYTES_MAX
+            or not 0 <= predictor <= 255
         ):
             raise self._damaged(f"the place of fragment {number} cannot be")
         return FragmentMetadata(

@@ -17,6 +17,7 @@ import xxhash
 import zstandard
 
 from fragfs.errors import FormatError
+from fragfs.library.frames import read_frame
 from fragfs.types import FRAGMENT_BYTES_MAX, Extent, SpanKind
 
 __all__ = ["EXTENTS_MAX", "ExtentMap", "ExtentMapBuilder", "OpenContent", "check_seal"]
@@ -128,11 +129,7 @@ class ExtentMap:
             FormatError: The blob is damaged.
         """
         try:
-            # Asked first: a frame that states its size is given that much memory unseen.
-            size = zstandard.frame_content_size(blob)
-            if not 4 <= size <= 4 + _ROW_BYTES * EXTENTS_MAX:
-                raise zstandard.ZstdError(f"a content size of {size}")
-            data = zstandard.ZstdDecompressor().decompress(blob)
+            data = read_frame(blob, 4, 4 + _ROW_BYTES * EXTENTS_MAX)
         except zstandard.ZstdError as error:
             raise FormatError("the extents of a file do not decompress", remedy=_REMEDY) from error
         count = int.from_bytes(data[:4], "little")

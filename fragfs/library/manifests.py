@@ -13,6 +13,7 @@ import zstandard
 
 from fragfs.errors import FormatError, LimitError, UsageError
 from fragfs.library.extents import ExtentMap
+from fragfs.library.frames import read_frame
 from fragfs.library.names import as_name
 from fragfs.types import FragmentId
 
@@ -136,10 +137,7 @@ def parse_manifest(payload: bytes | memoryview, where: str) -> StoredManifest:
         FormatError: The payload is not a manifest.
     """
     try:
-        # Asked first: a frame that states its size is given that much memory unseen.
-        if not 4 <= zstandard.frame_content_size(payload) <= MANIFEST_BYTES_MAX:
-            raise ValueError("it states an impossible size")
-        data = zstandard.ZstdDecompressor().decompress(payload)
+        data = read_frame(payload, 4, MANIFEST_BYTES_MAX)
         head_end = 4 + int.from_bytes(data[:4], "little")
         head = json.loads(data[4:head_end])
         contents = []

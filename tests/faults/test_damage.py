@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import sqlite3
 from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
