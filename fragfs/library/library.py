@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from fragfs.errors import FragmentError, NotFoundError, StorageError
+from fragfs.errors import FormatError, FragmentError, NotFoundError, StorageError
 from fragfs.library import tree
 from fragfs.library.catalog import (
     Catalog,
 )
-from fragfs.library.extents import ExtentMap, OpenContent
+from fragfs.library.extents import ExtentMap, OpenContent, check_seal
 from fragfs.library.files import Files, OsFiles
 from fragfs.library.lease import Lease, as_ranges, hold_lease
 from fragfs.library.names import as_name, join, printable
@@ -193,16 +193,19 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No such model.
+            FormatError: The catalog is damaged there.
         """
         model = self.model(name)
-        entries = [
-            FileEntry(join(directory, leaf), *rest)
-            for directory, leaf, *rest in self._catalog.rows(
-                "SELECT directory, name, content, size, sha256, mode, files.mtime_ns, stored_bytes,"
-                " verdict FROM files JOIN contents ON contents.number = content WHERE model = ?",
-                (model.number,),
-            )
-        ]
+        entries = []
+        for is_indexed, directory, leaf, *rest in self._catalog.rows(
+            f"SELECT {tree.IS_INDEXED}, directory, name, content, size, sha256, mode,"
+            " files.mtime_ns, stored_bytes, verdict"
+            " FROM files JOIN contents ON contents.number = content WHERE model = ?",
+            (model.number,),
+        ):
+            entry = FileEntry(join(directory, leaf), *rest)
+            tree.check_file(entry.path, entry.content, entry.size, is_indexed)
+            entries.append(entry)
         return sorted(entries, key=lambda entry: entry.path)
 
     def manifest(self, name: str | bytes) -> ModelManifest:
@@ -292,6 +295,7 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No file shows it any more.
+            FormatError: The catalog is damaged.
         """
         row = self._catalog.row(
             "SELECT number, size, mtime_ns, sha256, stored_bytes, extents FROM contents"
@@ -300,8 +304,18 @@ class FragmentLibrary:
         )
         if row is None:
             raise NotFoundError(f"content {content} is not in the library (any more)")
-        number, size, mtime_ns, sha256, stored_bytes, extents = row
-        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
+        number, size, mtime_ns, sha256, stored_bytes, blob = row
+        check_seal(blob, number, sha256)
+        extents = ExtentMap.parse(blob)
+        if extents.size != size:
+            raise FormatError(
+                f"content {number} has {size} bytes, its extents have {extents.size}",
+                path=str(self._catalog.path),
+                remedy="restore the catalog from a backup",
+                expected=size,
+                actual=extents.size,
+            )
+        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, extents)
 
     def has_content(self, content: int) -> bool:
         """Whether a file content is in the catalog (still)."""
