@@ -337,7 +337,7 @@ def _open_shared(directory: Path) -> int | None:
     path = directory / LEASES_NAME / _SHARED_NAME
     try:
         path.parent.mkdir(exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError:
         pass
     try:

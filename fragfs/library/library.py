@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from fragfs.errors import FragmentError, NotFoundError, StorageError
+from fragfs.errors import FormatError, FragmentError, NotFoundError, StorageError
 from fragfs.library import tree
 from fragfs.library.catalog import (
     Catalog,
 )
-from fragfs.library.extents import ExtentMap, OpenContent
+from fragfs.library.extents import ExtentMap, OpenContent, check_seal
 from fragfs.library.files import Files, OsFiles
 from fragfs.library.lease import Lease, as_ranges, hold_lease, leased
 from fragfs.library.names import as_name, join, printable
@@ -191,16 +191,19 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No such model.
+            FormatError: The catalog is damaged there.
         """
         model = self.model(name)
-        entries = [
-            FileEntry(join(directory, leaf), *rest)
-            for directory, leaf, *rest in self._catalog.rows(
-                "SELECT directory, name, content, size, sha256, mode, files.mtime_ns, stored_bytes,"
-                " verdict FROM files JOIN contents ON contents.number = content WHERE model = ?",
-                (model.number,),
-            )
-        ]
+        entries = []
+        for is_indexed, directory, leaf, *rest in self._catalog.rows(
+            f"SELECT {tree.IS_INDEXED}, directory, name, content, size, sha256, mode,"
+            " files.mtime_ns, stored_bytes, verdict"
+            " FROM files JOIN contents ON contents.number = content WHERE model = ?",
+            (model.number,),
+        ):
+            entry = FileEntry(join(directory, leaf), *rest)
+            tree.check_file(entry.path, entry.content, entry.size, is_indexed)
+            entries.append(entry)
         return sorted(entries, key=lambda entry: entry.path)
 
     def manifest(self, name: str | bytes) -> ModelManifest:
@@ -291,6 +294,7 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No file shows it any more.
+            FormatError: The catalog is damaged.
         """
         row = self._catalog.row(
             "SELECT number, size, mtime_ns, sha256, stored_bytes, extents FROM contents"
@@ -299,8 +303,18 @@ class FragmentLibrary:
         )
         if row is None:
             raise NotFoundError(f"content {content} is not in the library (any more)")
-        number, size, mtime_ns, sha256, stored_bytes, extents = row
-        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
+        number, size, mtime_ns, sha256, stored_bytes, blob = row
+        check_seal(blob, number, sha256)
+        extents = ExtentMap.parse(blob)
+        if extents.size != size:
+            raise FormatError(
+                f"content {number} has {size} bytes, its extents have {extents.size}",
+                path=str(self._catalog.path),
+                remedy="restore the catalog from a backup",
+                expected=size,
+                actual=extents.size,
+            )
+        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, extents)
 
     def has_content(self, content: int) -> bool:
         """Whether a file content is in the catalog (still)."""
@@ -588,11 +602,20 @@ class FragmentLibrary:
         progress: Progress = NO_PROGRESS,
         workers: int | None = None,
     ) -> Iterator[VerifiedFile]:
-        """Decode every file of a model (or of all) and compare it with its recorded SHA-256."""
+        """Decode every file of a model (or of all) and compare it with its recorded SHA-256.
+
+        What is removed meanwhile is passed over.
+
+        Raises:
+            NotFoundError: No such model.
+        """
         from fragfs.library.readback import verify_files
 
         models = [self.model(name)] if name is not None else self.models()
-        files = [(model.name, entry) for model in models for entry in self.files(model.name)]
+        files: list[tuple[bytes, FileEntry]] = []
+        for model in models:
+            with suppress(NotFoundError):
+                files += [(model.name, entry) for entry in self.files(model.name)]
         verified = verify_files(
             files, self.open_content, self._decode_cold, workers or _cores(), progress
         )
