@@ -1,0 +1,330 @@
+"""The power fails at every operation of every command that changes a library.
+
+Each command runs once, on a disk that remembers (`disk.py`). Every state that a power cut could
+have left is then made real: the library must open, show only what was there before or what is there
+after, verify, agree with its packs, and take the command again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fragfs.errors import NotFoundError
+from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME
+from fragfs.library.files import Files, OsFiles
+from fragfs.library.library import FragmentLibrary
+from fragfs.types import Level, LibraryConfig
+from tests.faults.disk import CrashState, RecordedDisk, crash_states, directory_files
+from tests.library.test_bases import (
+    add,
+    base_weights,
+    check_closures,
+    quantized,
+    tuned,
+    write_model,
+)
+from tests.library.test_compact import check_rebuildable
+from tests.models import digests
+
+pytestmark = pytest.mark.slow
+
+POINTS_MIN = 500
+CONFIG = LibraryConfig(fragment_elements=1 << 12, pack_bytes_max=1 << 20)
+GOLDEN = Path(__file__).parents[1] / "library" / "golden"
+Shown = dict[str, dict[str, str]]
+"""SHA-256 of every file of every model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command that changes a library.
+
+    Attributes:
+        run: Does it to the library in a directory, whose sources are in another one.
+        after: What the library may show, by what it showed before and the sources: first what a
+            crash between two models may leave, last what the finished command leaves.
+        prepared: Name of the library to start from.
+        repeatable: Whether the finished command may be given again.
+    """
+
+    run: Callable[[Path, Path, Files], None]
+    after: Callable[[Shown, Path], Sequence[Shown]]
+    prepared: str = "family"
+    repeatable: bool = False
+
+
+def with_library(act: Callable[[FragmentLibrary, Path], object]):
+    def run(path: Path, sources: Path, files: Files) -> None:
+        library = FragmentLibrary(path, files=files)
+        try:
+            act(library, sources)
+            if isinstance(files, RecordedDisk):
+                files.finish()
+        finally:
+            library.close()
+
+    return run
+
+
+def create(path: Path, _: Path, files: Files) -> None:
+    FragmentLibrary.create(path, CONFIG, files=files).close()
+
+
+def same(before: Shown, _: Path) -> Sequence[Shown]:
+    return [before]
+
+
+def with_new(before: Shown, sources: Path) -> Sequence[Shown]:
+    one = {**before, "new": digests(sources / "new")}
+    return [one, {**one, "other": digests(sources / "other")}]
+
+
+def without(name: str):
+    return lambda before, _: [{key: files for key, files in before.items() if key != name}]
+
+
+def without_folder(before: Shown, _: Path) -> Sequence[Shown]:
+    kept = {path: sha for path, sha in before["base"].items() if not path.startswith("sub/")}
+    return [{**before, "base": kept}]
+
+
+def renamed(before: Shown, _: Path) -> Sequence[Shown]:
+    rest = {name: files for name, files in before.items() if name != "tuned"}
+    return [{**rest, "org/tuned": before["tuned"]}]
+
+
+def with_more(before: Shown, sources: Path) -> Sequence[Shown]:
+    more = {f"more/new/{path}": sha for path, sha in digests(sources / "new").items()}
+    return [{**before, "base": {**before["base"], **more}}]
+
+
+def updated(before: Shown, sources: Path) -> Sequence[Shown]:
+    return [{**before, "base": digests(sources / "update" / "base")}]
+
+
+COMMANDS = {
+    "init": Command(create, same, prepared="nothing"),
+    "init DIRECTORY": Command(create, same, prepared="empty"),
+    "add": Command(
+        with_library(lambda lib, src: add(lib, src / "new", src / "other", workers=1)), with_new
+    ),
+    "add --into": Command(
+        with_library(lambda lib, src: add(lib, src / "new", into=b"base/more", workers=1)),
+        with_more,
+    ),
+    "add --update": Command(
+        with_library(lambda lib, src: add(lib, src / "update" / "base", update=True, workers=1)),
+        updated,
+        repeatable=True,
+    ),
+    "rm MODEL": Command(with_library(lambda lib, _: lib.remove("base")), without("base")),
+    "rm MODEL/FILE": Command(
+        with_library(lambda lib, _: lib.remove("base", [b"sub"])), without_folder
+    ),
+    "mv": Command(with_library(lambda lib, _: lib.move("tuned", "org/tuned")), renamed),
+    "optimize": Command(
+        with_library(lambda lib, _: lib.optimize(workers=1)), same, repeatable=True
+    ),
+    "optimize --level": Command(
+        with_library(lambda lib, _: lib.optimize(Level.FAST, workers=1)), same, repeatable=True
+    ),
+    "migrate 1": Command(with_library(lambda *_: None), same, "golden 1", repeatable=True),
+    "migrate 2": Command(with_library(lambda *_: None), same, "golden 2", repeatable=True),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Prepared libraries, and the sources of what is added to them."""
+    place = tmp_path_factory.mktemp("matrix")
+    (place / "nothing").mkdir()
+    (place / "empty" / "lib").mkdir(parents=True)
+    (place / "sources").mkdir()
+    make_family(place)
+    for version in (1, 2):
+        with tarfile.open(GOLDEN / f"format{version}" / "library.tar.gz") as archive:
+            archive.extractall(place / f"golden {version}", filter="data")
+        (place / f"golden {version}" / "library").rename(place / f"golden {version}" / "lib")
+    return place
+
+
+def make_family(place: Path) -> None:
+    """A library with a base that came last, and much that no model needs; two models to add."""
+    sources = place / "sources"
+    rng = np.random.default_rng(3)
+    weights = {"up.weight": (rng.standard_normal((60, 256)) * 0.02).astype(np.float32)}
+    base = write_model(sources / "base", weights)
+    (base / "sub").mkdir()
+    (base / "sub" / "notes.txt").write_bytes(b"notes " * 20)
+    write_model(sources / "tuned", tuned(weights, 1))
+    write_model(sources / "int8", quantized(weights), "I8")
+    gone = write_model(sources / "gone", base_weights(seed=9))
+    new = write_model(sources / "new", tuned(weights, 2))
+    # Larger than a pack: it is sealed, and the next one is begun.
+    (new / "noise.bin").write_bytes(rng.bytes(1_100_000))
+    (new / "noise.txt").write_bytes(rng.bytes(1000))
+    write_model(sources / "other", tuned(weights, 5))
+    update = write_model(sources / "update" / "base", tuned(weights, 4))
+    (update / "more.bin").write_bytes(rng.bytes(3000))
+    (place / "family").mkdir()
+    with FragmentLibrary.create(place / "family" / "lib", CONFIG) as library:
+        add(library, sources / "int8")
+        add(library, gone)
+        add(library, sources / "tuned")
+        add(library, base)
+        library.remove("gone")
+
+
+@pytest.fixture(scope="module")
+def record(place, tmp_path_factory):
+    """Runs a command once, on a disk that remembers."""
+
+    def run(name: str) -> RecordedDisk:
+        root = tmp_path_factory.mktemp("recorded") / "root"
+        shutil.copytree(place / COMMANDS[name].prepared, root)
+        disk = RecordedDisk(root, root / "lib")
+        COMMANDS[name].run(root / "lib", place / "sources", disk)
+        disk.release()
+        shutil.rmtree(root)
+        return disk
+
+    return run
+
+
+def test_the_matrix_has_enough_points(record):
+    counts = {name: sum(1 for _ in crash_states(record(name))) for name in COMMANDS}
+    print(f"crash points: {sum(counts.values())} in all; {counts}")
+    assert all(counts.values())
+    assert sum(counts.values()) >= POINTS_MIN
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_power_cut_loses_nothing(name, record, place, tmp_path):
+    states = list(crash_states(record(name)))
+    # What was interrupted is written once more; the check itself adds or renames a model.
+    bytes_max = 2 * pack_bytes(states[-1].files) + 100_000
+    failures = list(failures_of(COMMANDS[name], states, place, tmp_path, bytes_max))
+    assert failures == [], f"{len(failures)} of {len(states)} states"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "where"),
+    [
+        ("mv", "sync", ".pack"),
+        ("add", "sync_directory", "packs"),
+        ("mv", "sync", "batch.intent"),
+        ("mv", "sync_directory", "staging"),
+        ("mv", "sync", "catalog.snapshot"),
+        ("init", "sync_directory", "lib"),
+    ],
+)
+def test_the_matrix_notices_what_is_not_synced(name, kind, where, record, place, tmp_path):
+    disk = record(name)
+    kept = [step for step in disk.steps if step.kind != kind or where not in step.path.name]
+    assert len(kept) < len(disk.steps), "nothing of that name is synced"
+    disk.steps = kept
+    failures = failures_of(COMMANDS[name], crash_states(disk), place, tmp_path)
+    assert next(failures, None) is not None
+
+
+def failures_of(
+    command: Command,
+    states: Iterable[CrashState],
+    place: Path,
+    tmp_path: Path,
+    bytes_max: int = 1 << 62,
+) -> Iterator[str]:
+    """What is wrong with the library after which power cut."""
+    before = shown(place / command.prepared / "lib", tmp_path / "before")
+    allowed = [before, *command.after(before, place / "sources")]
+    for state in states:
+        root = tmp_path / "root"
+        state.write(root)
+        try:
+            check(command, root / "lib", place / "sources", allowed, bytes_max)
+        except Exception as error:
+            yield f"{state.label}: {type(error).__name__}: {error}"
+        shutil.rmtree(root)
+
+
+def shown(path: Path, copy: Path) -> Shown:
+    """What a library shows; looked at in a copy, for opening it may bring it up to date."""
+    if not (path / CATALOG_NAME).exists():
+        return {}
+    shutil.copytree(path, copy)
+    with FragmentLibrary.open(copy) as library:
+        return models_of(library)
+
+
+def pack_bytes(files: dict[Path, bytes | None]) -> int:
+    return sum(len(data or b"") for path, data in files.items() if path.suffix == ".pack")
+
+
+def models_of(library: FragmentLibrary) -> Shown:
+    return {
+        os.fsdecode(model.name): {
+            os.fsdecode(entry.path): entry.sha256.hex() for entry in library.files(model.name)
+        }
+        for model in library.models()
+    }
+
+
+def check(
+    command: Command, path: Path, sources: Path, allowed: Sequence[Shown], bytes_max: int
+) -> None:
+    try:
+        with FragmentLibrary.open(path) as library:
+            found = models_of(library)
+            assert found in allowed, f"shows {json.dumps(found)}"
+            check_bytes(library)
+        check_snapshot(path / SNAPSHOT_NAME)
+    except NotFoundError:
+        assert command.run is create, "the library is gone"
+        found = None
+    if command.repeatable or found != allowed[-1]:
+        again(command, path, sources, found)
+        found = None
+    with FragmentLibrary.open(path) as library:
+        if found is None:
+            assert models_of(library) == allowed[-1], "another result the second time"
+            check_bytes(library)
+        # Also where nothing was left to do: what the crash left must not be in anybody's way.
+        if models := library.models():
+            library.move(models[0].name, b"moved")
+        else:
+            add(library, sources / "tuned", workers=1)
+        check_rebuildable(library)
+        check_closures(library)
+    assert pack_bytes(directory_files(path)) <= bytes_max, "more than what was interrupted is left"
+
+
+def check_snapshot(path: Path) -> None:
+    """What other users read instead of the catalog is whole, or not there yet."""
+    if path.exists():
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)
+        try:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        finally:
+            connection.close()
+
+
+def again(command: Command, path: Path, sources: Path, found: Shown | None) -> None:
+    if "new" in (found or {}):
+        # Two models were to be added, and the first one was.
+        with FragmentLibrary.open(path) as library:
+            library.remove("new")
+    command.run(path, sources, OsFiles())
+
+
+def check_bytes(library: FragmentLibrary) -> None:
+    assert [item.error for item in library.verify(workers=1) if item.error] == []
