@@ -36,7 +36,7 @@ __all__ = [
     "TensorRef",
 ]
 
-LIBRARY_FORMAT_VERSION = 2
+LIBRARY_FORMAT_VERSION = 3
 """Version of the on-disk format. Newer libraries are refused, older ones migrated."""
 
 FRAGMENT_BYTES_MAX = 16 << 20

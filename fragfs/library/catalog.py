@@ -66,6 +66,20 @@ CREATE TABLE similar (
 """
 """What version 2 added: who is predicted from whom, and how base candidates are found."""
 
+_KEEPING_SCHEMA = """
+CREATE TABLE quarantine (
+    fragment INTEGER PRIMARY KEY,
+    since_ns INTEGER NOT NULL,
+    reason TEXT NOT NULL
+);
+CREATE TABLE unpublished (
+    first INTEGER PRIMARY KEY,
+    last INTEGER NOT NULL,
+    stored_ns INTEGER NOT NULL
+);
+"""
+"""What version 3 added: fragments found damaged, and ranges of fragments that wait for a model."""
+
 SCHEMA = f"""
 CREATE TABLE library (
     only INTEGER PRIMARY KEY CHECK (only = 1),
@@ -128,10 +142,11 @@ CREATE TABLE files (
     PRIMARY KEY (model, directory, name)
 ) WITHOUT ROWID;
 CREATE INDEX files_content ON files (content) WHERE content IS NOT NULL;
-{_SIMILARITY_SCHEMA}"""
+{_SIMILARITY_SCHEMA}{_KEEPING_SCHEMA}"""
 
 _MIGRATIONS = {
     1: "ALTER TABLE library ADD COLUMN level INTEGER NOT NULL DEFAULT 0;" + _SIMILARITY_SCHEMA,
+    2: _KEEPING_SCHEMA,
 }
 """What brings a catalog of a version to the next one."""
 

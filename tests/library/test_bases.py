@@ -22,7 +22,14 @@ from fragfs.library.add import AddOptions
 from fragfs.library.decode import NO_SOURCE
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.records import checksum, pack_fragment_record, parse_fragment_record
-from fragfs.types import Dtype, Fragment, FragmentId, LibraryConfig, Predictor
+from fragfs.types import (
+    LIBRARY_FORMAT_VERSION,
+    Dtype,
+    Fragment,
+    FragmentId,
+    LibraryConfig,
+    Predictor,
+)
 from tests.models import digests, safetensors_bytes
 
 ELEMENTS = 1 << 14
@@ -826,7 +833,7 @@ def make_old(path: Path) -> Path:
     for pack in (path / "packs").iterdir():
         data = bytearray(pack.read_bytes())
         # Version in the header; its checksum covers all but the last 8 of its 64 bytes.
-        assert data[8] == 2
+        assert data[8] == LIBRARY_FORMAT_VERSION
         data[8] = 1
         size = int.from_bytes(data[12:16], "little")
         data[size - 8 : size] = checksum(bytes(data[: size - 8])).to_bytes(8, "little")
@@ -853,7 +860,7 @@ def version(path: Path) -> int:
 def test_a_library_of_format_1_is_migrated(old, tmp_path):
     assert version(old) == 1
     with FragmentLibrary.open(old) as library:
-        assert version(old) == 2
+        assert version(old) == LIBRARY_FORMAT_VERSION
         assert library.config == CONFIG
         assert_good(library)
         # Nothing in it has a signature yet: a fine-tune is stored from nothing, and found later.
@@ -877,7 +884,7 @@ def test_two_processes_migrate_at_once(old):
     )
     processes = [subprocess.Popen([sys.executable, "-c", program, str(old)]) for _ in range(4)]
     assert [process.wait(timeout=60) for process in processes] == [0] * 4
-    assert version(old) == 2
+    assert version(old) == LIBRARY_FORMAT_VERSION
 
 
 def test_a_migrated_catalog_has_the_tables_of_a_new_one(old, tmp_path):
@@ -913,11 +920,11 @@ def test_a_reader_of_a_snapshot_of_format_1_is_told_what_to_do(old, monkeypatch)
     with pytest.raises(FormatError) as caught:
         FragmentLibrary.open(old)
     assert "owner" in str(caught.value.remedy)
-    assert (caught.value.expected, caught.value.actual) == (2, 1)
+    assert (caught.value.expected, caught.value.actual) == (LIBRARY_FORMAT_VERSION, 1)
 
 
 def test_a_newer_format_is_refused(family):
-    execute(family, ("PRAGMA user_version = 3",))
+    execute(family, (f"PRAGMA user_version = {LIBRARY_FORMAT_VERSION + 1}",))
     with pytest.raises(FormatError, match="upgrade fragfs"):
         FragmentLibrary.open(family.path)
 
