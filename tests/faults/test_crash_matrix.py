@@ -8,41 +8,42 @@ after, verify, agree with its packs, and take the command again.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sqlite3
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fragfs.errors import NotFoundError
-from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME
+from fragfs.library.catalog import SNAPSHOT_NAME
 from fragfs.library.files import Files, OsFiles
 from fragfs.library.library import FragmentLibrary
-from fragfs.types import Level, LibraryConfig
+from fragfs.types import LIBRARY_FORMAT_VERSION, Level
 from tests.faults.disk import CrashState, RecordedDisk, crash_states, directory_files
-from tests.library.test_bases import (
-    add,
-    base_weights,
-    check_closures,
-    quantized,
-    tuned,
-    write_model,
+from tests.faults.support import (
+    CONFIG,
+    Shown,
+    check_bytes,
+    check_records,
+    check_snapshot,
+    make_libraries,
+    models_of,
+    pack_bytes,
+    renamed,
+    same,
+    shown,
+    updated,
+    with_more,
+    with_new,
+    without,
+    without_folder,
 )
-from tests.library.test_compact import check_rebuildable
-from tests.models import digests
+from tests.library.test_bases import add
 
 pytestmark = pytest.mark.slow
 
 POINTS_MIN = 500
-CONFIG = LibraryConfig(fragment_elements=1 << 12, pack_bytes_max=1 << 20)
-GOLDEN = Path(__file__).parents[1] / "library" / "golden"
-Shown = dict[str, dict[str, str]]
-"""SHA-256 of every file of every model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,38 +81,6 @@ def create(path: Path, _: Path, files: Files) -> None:
     FragmentLibrary.create(path, CONFIG, files=files).close()
 
 
-def same(before: Shown, _: Path) -> Sequence[Shown]:
-    return [before]
-
-
-def with_new(before: Shown, sources: Path) -> Sequence[Shown]:
-    one = {**before, "new": digests(sources / "new")}
-    return [one, {**one, "other": digests(sources / "other")}]
-
-
-def without(name: str):
-    return lambda before, _: [{key: files for key, files in before.items() if key != name}]
-
-
-def without_folder(before: Shown, _: Path) -> Sequence[Shown]:
-    kept = {path: sha for path, sha in before["base"].items() if not path.startswith("sub/")}
-    return [{**before, "base": kept}]
-
-
-def renamed(before: Shown, _: Path) -> Sequence[Shown]:
-    rest = {name: files for name, files in before.items() if name != "tuned"}
-    return [{**rest, "org/tuned": before["tuned"]}]
-
-
-def with_more(before: Shown, sources: Path) -> Sequence[Shown]:
-    more = {f"more/new/{path}": sha for path, sha in digests(sources / "new").items()}
-    return [{**before, "base": {**before["base"], **more}}]
-
-
-def updated(before: Shown, sources: Path) -> Sequence[Shown]:
-    return [{**before, "base": digests(sources / "update" / "base")}]
-
-
 COMMANDS = {
     "init": Command(create, same, prepared="nothing"),
     "init DIRECTORY": Command(create, same, prepared="empty"),
@@ -138,8 +107,11 @@ COMMANDS = {
     "optimize --level": Command(
         with_library(lambda lib, _: lib.optimize(Level.FAST, workers=1)), same, repeatable=True
     ),
-    "migrate 1": Command(with_library(lambda *_: None), same, "golden 1", repeatable=True),
-    "migrate 2": Command(with_library(lambda *_: None), same, "golden 2", repeatable=True),
+} | {
+    f"migrate {version}": Command(
+        with_library(lambda *_: None), same, f"format{version}", repeatable=True
+    )
+    for version in range(1, LIBRARY_FORMAT_VERSION)
 }
 
 
@@ -147,42 +119,8 @@ COMMANDS = {
 def place(tmp_path_factory) -> Path:
     """Prepared libraries, and the sources of what is added to them."""
     place = tmp_path_factory.mktemp("matrix")
-    (place / "nothing").mkdir()
-    (place / "empty" / "lib").mkdir(parents=True)
-    (place / "sources").mkdir()
-    make_family(place)
-    for version in (1, 2):
-        with tarfile.open(GOLDEN / f"format{version}" / "library.tar.gz") as archive:
-            archive.extractall(place / f"golden {version}", filter="data")
-        (place / f"golden {version}" / "library").rename(place / f"golden {version}" / "lib")
+    make_libraries(place)
     return place
-
-
-def make_family(place: Path) -> None:
-    """A library with a base that came last, and much that no model needs; two models to add."""
-    sources = place / "sources"
-    rng = np.random.default_rng(3)
-    weights = {"up.weight": (rng.standard_normal((60, 256)) * 0.02).astype(np.float32)}
-    base = write_model(sources / "base", weights)
-    (base / "sub").mkdir()
-    (base / "sub" / "notes.txt").write_bytes(b"notes " * 20)
-    write_model(sources / "tuned", tuned(weights, 1))
-    write_model(sources / "int8", quantized(weights), "I8")
-    gone = write_model(sources / "gone", base_weights(seed=9))
-    new = write_model(sources / "new", tuned(weights, 2))
-    # Larger than a pack: it is sealed, and the next one is begun.
-    (new / "noise.bin").write_bytes(rng.bytes(1_100_000))
-    (new / "noise.txt").write_bytes(rng.bytes(1000))
-    write_model(sources / "other", tuned(weights, 5))
-    update = write_model(sources / "update" / "base", tuned(weights, 4))
-    (update / "more.bin").write_bytes(rng.bytes(3000))
-    (place / "family").mkdir()
-    with FragmentLibrary.create(place / "family" / "lib", CONFIG) as library:
-        add(library, sources / "int8")
-        add(library, gone)
-        add(library, sources / "tuned")
-        add(library, base)
-        library.remove("gone")
 
 
 @pytest.fixture(scope="module")
@@ -257,28 +195,6 @@ def failures_of(
         shutil.rmtree(root)
 
 
-def shown(path: Path, copy: Path) -> Shown:
-    """What a library shows; looked at in a copy, for opening it may bring it up to date."""
-    if not (path / CATALOG_NAME).exists():
-        return {}
-    shutil.copytree(path, copy)
-    with FragmentLibrary.open(copy) as library:
-        return models_of(library)
-
-
-def pack_bytes(files: dict[Path, bytes | None]) -> int:
-    return sum(len(data or b"") for path, data in files.items() if path.suffix == ".pack")
-
-
-def models_of(library: FragmentLibrary) -> Shown:
-    return {
-        os.fsdecode(model.name): {
-            os.fsdecode(entry.path): entry.sha256.hex() for entry in library.files(model.name)
-        }
-        for model in library.models()
-    }
-
-
 def check(
     command: Command, path: Path, sources: Path, allowed: Sequence[Shown], bytes_max: int
 ) -> None:
@@ -303,19 +219,8 @@ def check(
             library.move(models[0].name, b"moved")
         else:
             add(library, sources / "tuned", workers=1)
-        check_rebuildable(library)
-        check_closures(library)
+        check_records(library)
     assert pack_bytes(directory_files(path)) <= bytes_max, "more than what was interrupted is left"
-
-
-def check_snapshot(path: Path) -> None:
-    """What other users read instead of the catalog is whole, or not there yet."""
-    if path.exists():
-        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)
-        try:
-            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        finally:
-            connection.close()
 
 
 def again(command: Command, path: Path, sources: Path, found: Shown | None) -> None:
@@ -324,7 +229,3 @@ def again(command: Command, path: Path, sources: Path, found: Shown | None) -> N
         with FragmentLibrary.open(path) as library:
             library.remove("new")
     command.run(path, sources, OsFiles())
-
-
-def check_bytes(library: FragmentLibrary) -> None:
-    assert [item.error for item in library.verify(workers=1) if item.error] == []
