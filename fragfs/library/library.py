@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from fragfs.errors import FragmentError, NotFoundError, StorageError
 from fragfs.library import tree
@@ -24,7 +24,7 @@ from fragfs.library.catalog import (
 )
 from fragfs.library.extents import ExtentMap, OpenContent
 from fragfs.library.files import Files, OsFiles
-from fragfs.library.lease import hold_lease
+from fragfs.library.lease import Lease, as_ranges, hold_lease
 from fragfs.library.names import as_name, join, printable
 from fragfs.library.packs import PackReader
 from fragfs.library.progress import NO_PROGRESS, Progress
@@ -51,6 +51,7 @@ from fragfs.types import (
 
 if TYPE_CHECKING:
     from fragfs.library.add import AddOptions, AddReport
+    from fragfs.library.collect import Collector, GcReport
     from fragfs.library.decode import DecodedSource, FragmentDecoder
     from fragfs.library.estimate import EstimateReport
     from fragfs.library.explain import Explanation
@@ -63,6 +64,8 @@ __all__ = ["FragmentLibrary"]
 log = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT_S = 60.0
+
+_Item = TypeVar("_Item")
 
 
 class FragmentLibrary:
@@ -300,8 +303,29 @@ class FragmentLibrary:
         number, size, mtime_ns, sha256, stored_bytes, extents = row
         return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
 
+    def has_content(self, content: int) -> bool:
+        """Whether a file content is in the catalog (still)."""
+        return self._catalog.row("SELECT 1 FROM contents WHERE number = ?", (content,)) is not None
+
+    @contextmanager
+    def _pinned(self, numbers: Collection[int], what: str) -> Iterator[dict[int, OpenContent]]:
+        """Contents that stay readable while the context lasts, whatever is removed meanwhile.
+
+        Those that are gone or damaged are left out: opening them again tells why.
+        """
+        with hold_lease(self.path, what) as lease:
+            contents = {}
+            for number in numbers:
+                with suppress(FragmentError):
+                    contents[number] = self.open_content(number)
+            # Only now: until it says less a lease keeps everything.
+            lease.pin(as_ranges(f for one in contents.values() for f in one.extents.fragments))
+            yield contents
+
     def open_file(self, name: str | bytes, path: str | bytes) -> BinaryIO:
         """A file of a model as a read-only, seekable Python file, decoded while it is read.
+
+        It stays readable to the end, whatever is removed meanwhile; close it when you are done.
 
         Raises:
             NotFoundError: No such model or file.
@@ -317,8 +341,11 @@ class FragmentLibrary:
                 f"{printable(model)} has no file {printable(inside)}",
                 remedy=f"see its files with: fragfs ls {printable(model)}",
             )
-        stream = ContentStream(self.open_content(node.content), self._decode_cold)
-        return io.BufferedReader(stream, 1 << 20)
+        with ExitStack() as scope:
+            pinned = scope.enter_context(self._pinned([node.content], "program reading a file"))
+            content = pinned.get(node.content) or self.open_content(node.content)
+            stream = ContentStream(content, self._decode_cold, scope.pop_all().close)
+            return io.BufferedReader(stream, 1 << 20)
 
     def models_of_content(self, content: int) -> list[bytes]:
         """Names of the models that show a content."""
@@ -405,7 +432,7 @@ class FragmentLibrary:
         before = self._catalog.generation()
         try:
             # Fragments are stored before a model names them: nobody shall drop them meanwhile.
-            with hold_lease(self.path):
+            with hold_lease(self.path, "add"):
                 return adder.run(paths, options)
         finally:
             if self._catalog.generation() != before:
@@ -422,7 +449,13 @@ class FragmentLibrary:
         from fragfs.library.ingest import Ingester
 
         return Ingester(
-            self.config, self._catalog, self._decoder, self._start_batch, workers, progress
+            self.config,
+            self._catalog,
+            self._decoder,
+            self._start_batch,
+            workers,
+            progress,
+            self._now_ns,
         )
 
     def _read_back(self, name: bytes) -> None:
@@ -492,19 +525,55 @@ class FragmentLibrary:
         """
         from fragfs.library.reorganize import Reorganizer
 
-        return Reorganizer(
-            self._files,
-            self.path,
-            self._catalog,
-            self._packs,
-            self._decoder,
-            self._writer,
-        ).optimize(
+        return Reorganizer(self._catalog, self._decoder, self._writer, self._collector()).optimize(
             level,
             self._readable_layers(),
             workers or _cores(),
             progress,
         )
+
+    def collect(
+        self,
+        *,
+        grace_s: float | None = None,
+        wait_s: float | None = None,
+        dry_run: bool = False,
+    ) -> GcReport:
+        """Drop the fragments that nothing needs, and give their space back.
+
+        Mounts and readers may stay: what they have open stays readable to the last byte.
+
+        Args:
+            grace_s: What an add stored and no model names stays for so long after it was stored,
+                so that a killed add can be resumed; a day by default.
+            wait_s: How long mounts may take to say what they still need of what was removed; what
+                is not said in time is kept. A few seconds by default.
+            dry_run: Only say what would be dropped.
+
+        Raises:
+            StorageError: Something cannot be read or written.
+        """
+        from fragfs.library.collect import GRACE_S, WAIT_S
+
+        return self._collector().run(
+            grace_s=GRACE_S if grace_s is None else grace_s,
+            wait_s=WAIT_S if wait_s is None else wait_s,
+            dry_run=dry_run,
+        )
+
+    def _collector(self) -> Collector:
+        from fragfs.library.collect import Collector
+        from fragfs.library.compact import Compactor
+
+        compactor = Compactor(
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._writer.batch,
+            self._writer.publish_snapshot,
+        )
+        return Collector(self.path, self._catalog, self._writer, compactor, self._now_ns)
 
     def _readable_layers(self) -> Iterator[LayerMapping]:
         """The named tensors of every model that can be read."""
@@ -514,9 +583,17 @@ class FragmentLibrary:
             except FragmentError:
                 continue  # damaged, or removed meanwhile: `verify` tells
 
-    def hold_lease(self) -> AbstractContextManager[None]:
-        """Keep what is open readable, whatever is removed: for as long as the context lasts."""
-        return hold_lease(self.path)
+    def hold_lease(self, what: str = "reader") -> AbstractContextManager[Lease]:
+        """Keep everything readable, whatever is removed, for as long as the context lasts.
+
+        Args:
+            what: What the holder is, for messages. It may say on the lease that it needs less.
+        """
+        return hold_lease(self.path, what)
+
+    def generation(self) -> int:
+        """The number of the change committed last."""
+        return self._catalog.generation()[0]
 
     # --- whole models
 
@@ -531,9 +608,15 @@ class FragmentLibrary:
 
         models = [self.model(name)] if name is not None else self.models()
         files = [(model.name, entry) for model in models for entry in self.files(model.name)]
-        return verify_files(
+        verified = verify_files(
             files, self.open_content, self._decode_cold, workers or _cores(), progress
         )
+        return self._leased(verified, "verify")
+
+    def _leased(self, items: Iterator[_Item], what: str) -> Iterator[_Item]:
+        """Hold a lease while something is iterated over."""
+        with hold_lease(self.path, what):
+            yield from items
 
     def export(
         self,
@@ -554,15 +637,16 @@ class FragmentLibrary:
         files = self.files(name)
         draft = load_draft(self._catalog, as_name(name))
         directories: list[DraftDirectory] = list(draft.directories.values())
-        return export_files(
-            files,
-            [(d.path, d.mode, d.mtime_ns) for d in directories],
-            destination,
-            self.open_content,
-            self._decode_cold,
-            workers or _cores(),
-            progress,
-        )
+        with self._pinned({file.content for file in files}, "export") as pinned:
+            return export_files(
+                files,
+                [(d.path, d.mode, d.mtime_ns) for d in directories],
+                destination,
+                lambda number: pinned.get(number) or self.open_content(number),
+                self._decode_cold,
+                workers or _cores(),
+                progress,
+            )
 
 
 _MODELS = """

@@ -114,6 +114,10 @@ class MountOperations(pyfuse3.Operations):
         inodes = (self._inodes.get(number) for number in self._contents)
         return sorted(inode.path for inode in inodes if inode is not None)
 
+    def open_contents(self) -> list[OpenContent]:
+        """The contents that are open now."""
+        return [self._contents[number] for number in self._contents]
+
     # --- names and attributes
 
     @answering

@@ -27,10 +27,10 @@ def test_nobody_holds_one_at_first(tmp_path):
 
 
 def test_a_lease_is_seen_while_it_is_held(tmp_path):
-    with hold_lease(tmp_path):
+    with hold_lease(tmp_path, "test"):
         with no_leases(tmp_path) as alone:
             assert not alone
-        with hold_lease(tmp_path):
+        with hold_lease(tmp_path, "test"):
             pass
         with no_leases(tmp_path) as alone:
             assert not alone, "one of two is left"
@@ -42,7 +42,7 @@ def test_a_lease_waits_for_who_is_alone(tmp_path):
     got = threading.Event()
 
     def hold() -> None:
-        with hold_lease(tmp_path):
+        with hold_lease(tmp_path, "test"):
             got.set()
 
     with no_leases(tmp_path) as alone:
@@ -57,7 +57,7 @@ def test_a_lease_waits_for_who_is_alone(tmp_path):
 def test_a_lease_dies_with_its_process(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from fragfs.library.lease import hold_lease\n"
-        "with hold_lease(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "with hold_lease(Path(sys.argv[1]), 'child'): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -86,11 +86,11 @@ def refuse_writing(monkeypatch) -> None:
 
 
 def test_who_may_only_read_holds_one_as_well(tmp_path, monkeypatch):
-    with hold_lease(tmp_path):
+    with hold_lease(tmp_path, "test"):
         pass  # the owner has made the file
     with monkeypatch.context() as patch:
         refuse_writing(patch)
-        scope = hold_lease(tmp_path)
+        scope = hold_lease(tmp_path, "test")
         scope.__enter__()
     with no_leases(tmp_path) as alone:
         assert not alone
@@ -99,7 +99,7 @@ def test_who_may_only_read_holds_one_as_well(tmp_path, monkeypatch):
 
 def test_where_there_is_nothing_to_hold_nothing_is_dropped(tmp_path, monkeypatch):
     refuse_writing(monkeypatch)
-    with hold_lease(tmp_path), no_leases(tmp_path) as alone:
+    with hold_lease(tmp_path, "test"), no_leases(tmp_path) as alone:
         assert not alone
 
 
@@ -220,6 +220,9 @@ def test_a_killed_add_holds_nothing(library, tmp_path):
     assert process.stdout.readline() == "committed\n"
     process.kill()
     process.communicate()
-    report = library.optimize(workers=1)
-    assert report.leased_bytes == 0
+    report = library.collect()
+    assert report.leases == ()
+    assert report.recent_bytes
+    report = library.collect(grace_s=0)
+    assert report.recent_bytes == 0
     assert fragment_count(library) == before
