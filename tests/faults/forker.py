@@ -14,7 +14,17 @@ import time
 
 from fragfs.cli.main import COMMANDS, main
 
-ROOMS = ("add", "ingest", "library", "publish", "readback", "reorganize", "stats", "writer")
+ROOMS = (
+    "add",
+    "collect",
+    "ingest",
+    "library",
+    "publish",
+    "readback",
+    "reorganize",
+    "stats",
+    "writer",
+)
 
 
 def serve() -> None:

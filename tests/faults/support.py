@@ -16,7 +16,6 @@ from fragfs.library.library import FragmentLibrary
 from fragfs.types import LibraryConfig
 from tests.library.test_bases import (
     add,
-    base_weights,
     check_closures,
     quantized,
     tuned,
@@ -53,18 +52,21 @@ def make_family(place: Path) -> None:
     (base / "sub").mkdir()
     (base / "sub" / "notes.txt").write_bytes(b"notes " * 20)
     write_model(sources / "tuned", tuned(weights, 1))
-    write_model(sources / "int8", quantized(weights), "I8")
-    gone = write_model(sources / "gone", base_weights(seed=9))
+    int8 = write_model(sources / "int8", quantized(weights), "I8")
+    # All but fills a pack: the next add seals it, and begins another one.
+    (int8 / "noise.bin").write_bytes(rng.bytes(735_000))
+    gone = write_model(
+        sources / "gone", {"x": (rng.standard_normal((120, 256)) * 0.02).astype("f4")}
+    )
     new = write_model(sources / "new", tuned(weights, 2))
-    # Larger than a pack: it is sealed, and the next one is begun.
-    (new / "noise.bin").write_bytes(rng.bytes(1_100_000))
+    (new / "noise.bin").write_bytes(rng.bytes(30_000))
     (new / "noise.txt").write_bytes(rng.bytes(1000))
     write_model(sources / "other", tuned(weights, 5))
     update = write_model(sources / "update" / "base", tuned(weights, 4))
     (update / "more.bin").write_bytes(rng.bytes(3000))
     (place / "family").mkdir()
     with FragmentLibrary.create(place / "family" / "lib", CONFIG) as library:
-        add(library, sources / "int8")
+        add(library, int8)
         add(library, gone)
         add(library, sources / "tuned")
         add(library, base)

@@ -101,6 +101,7 @@ COMMANDS = {
         with_library(lambda lib, _: lib.remove("base", [b"sub"])), without_folder
     ),
     "mv": Command(with_library(lambda lib, _: lib.move("tuned", "org/tuned")), renamed),
+    "gc": Command(with_library(lambda lib, _: lib.collect(grace_s=0)), same, repeatable=True),
     "optimize": Command(
         with_library(lambda lib, _: lib.optimize(workers=1)), same, repeatable=True
     ),
@@ -159,7 +160,7 @@ def test_a_power_cut_loses_nothing(name, record, place, tmp_path):
     ("name", "kind", "where"),
     [
         ("mv", "sync", ".pack"),
-        ("add", "sync_directory", "packs"),
+        ("gc", "sync_directory", "packs"),
         ("mv", "sync", "batch.intent"),
         ("mv", "sync_directory", "staging"),
         ("mv", "sync", "catalog.snapshot"),
