@@ -117,19 +117,20 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(memory_path) -> Path:
     """Prepared libraries, and the sources of what is added to them."""
-    place = tmp_path_factory.mktemp("matrix")
+    place = memory_path / "prepared"
+    place.mkdir()
     make_libraries(place)
     return place
 
 
 @pytest.fixture(scope="module")
-def record(place, tmp_path_factory):
+def record(place, memory_path):
     """Runs a command once, on a disk that remembers."""
 
     def run(name: str) -> RecordedDisk:
-        root = tmp_path_factory.mktemp("recorded") / "root"
+        root = memory_path / "recorded"
         shutil.copytree(place / COMMANDS[name].prepared, root)
         disk = RecordedDisk(root, root / "lib")
         COMMANDS[name].run(root / "lib", place / "sources", disk)
@@ -148,11 +149,11 @@ def test_the_matrix_has_enough_points(record):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_power_cut_loses_nothing(name, record, place, tmp_path):
+def test_a_power_cut_loses_nothing(name, record, place, scratch):
     states = list(crash_states(record(name)))
     # What was interrupted is written once more; the check itself adds or renames a model.
     bytes_max = 2 * pack_bytes(states[-1].files) + 100_000
-    failures = list(failures_of(COMMANDS[name], states, place, tmp_path, bytes_max))
+    failures = list(failures_of(COMMANDS[name], states, place, scratch, bytes_max))
     assert failures == [], f"{len(failures)} of {len(states)} states"
 
 
@@ -167,12 +168,12 @@ def test_a_power_cut_loses_nothing(name, record, place, tmp_path):
         ("init", "sync_directory", "lib"),
     ],
 )
-def test_the_matrix_notices_what_is_not_synced(name, kind, where, record, place, tmp_path):
+def test_the_matrix_notices_what_is_not_synced(name, kind, where, record, place, scratch):
     disk = record(name)
     kept = [step for step in disk.steps if step.kind != kind or where not in step.path.name]
     assert len(kept) < len(disk.steps), "nothing of that name is synced"
     disk.steps = kept
-    failures = failures_of(COMMANDS[name], crash_states(disk), place, tmp_path)
+    failures = failures_of(COMMANDS[name], crash_states(disk), place, scratch)
     assert next(failures, None) is not None
 
 
@@ -180,14 +181,14 @@ def failures_of(
     command: Command,
     states: Iterable[CrashState],
     place: Path,
-    tmp_path: Path,
+    scratch: Path,
     bytes_max: int = 1 << 62,
 ) -> Iterator[str]:
     """What is wrong with the library after which power cut."""
-    before = shown(place / command.prepared / "lib", tmp_path / "before")
+    before = shown(place / command.prepared / "lib", scratch / "before")
     allowed = [before, *command.after(before, place / "sources")]
     for state in states:
-        root = tmp_path / "root"
+        root = scratch / "root"
         state.write(root)
         try:
             check(command, root / "lib", place / "sources", allowed, bytes_max)
