@@ -148,6 +148,7 @@ class Readers:
         versions: Sequence[Version],
         chosen: random.Random,
         seconds: float,
+        patience_s: float = _PATIENCE_S,
     ) -> Child:
         """Start a reader of a model; see `tools.soak.reader` for the modes."""
         task = {
@@ -156,7 +157,7 @@ class Readers:
             "versions": [os.fspath(version.directory) for version in versions],
             "seed": chosen.getrandbits(32),
             "seconds": seconds,
-            "patience": _PATIENCE_S,
+            "patience": patience_s,
         }
         child = self._runner.start([sys.executable, "-m", "tools.soak.reader", json.dumps(task)])
         self._runner.log(f"{child.process.pid} reads {name} in {mount.point.name}: {mode}")

@@ -37,6 +37,8 @@ _DAEMON_BYTES_MAX = 1 << 30
 _DAEMON_DESCRIPTORS_MAX = 2000
 _DAEMON_GROWTH_MAX = 1.5
 _DAEMON_SPARE_BYTES = 64 << 20
+_DAEMON_SPARE_DESCRIPTORS = 1100
+"""A daemon holds 64 MiB of fragments as open files, here of 64 KiB each, and up to 128 packs."""
 
 _AFRESH_FACTOR_MAX = 1.10
 _AFRESH_SPARE_BYTES = 2 << 20
@@ -216,17 +218,22 @@ class Soak:
         mount = Mount(self.runner, point, [*options, "--grace", "1"])
         self._remember_cache(mount)
         end = chosen.choice(("umount", "force", "lazy", "SIGTERM", "SIGKILL", "SIGKILL"))
+        is_cut_off = end in ("force", "SIGTERM", "SIGKILL")
+        # Who looks only after the end finds an empty directory, and need not look for long.
+        seconds, patience_s = (30.0, 5.0) if is_cut_off else (2.0, 120.0)
         readers = []
         with self._shelf.shared(chosen) as one, self._shelf.shared(chosen) as other:
             for shared in (one, other):
                 if shared is not None:
                     name, version = shared
-                    seconds = 30.0 if end in ("force", "SIGTERM", "SIGKILL") else 2.0
+                    versions = [version]
                     readers.append(
-                        self._readers.start("plain", mount, name, [version], chosen, seconds)
+                        self._readers.start(
+                            "plain", mount, name, versions, chosen, seconds, patience_s
+                        )
                     )
             time.sleep(chosen.random() * 5)
-            if end in ("umount", "lazy"):
+            if not is_cut_off:
                 if chosen.random() < 0.5:
                     mount.disturb_helpers(chosen)
                 for reader in readers:
@@ -324,7 +331,7 @@ class Soak:
             return
         fifth = len(taken) // 5
         for index, (what, spare) in enumerate(
-            (("bytes", _DAEMON_SPARE_BYTES), ("descriptors", 100))
+            (("bytes", _DAEMON_SPARE_BYTES), ("descriptors", _DAEMON_SPARE_DESCRIPTORS))
         ):
             early = statistics.median(sample[index] for sample in taken[fifth : 2 * fifth])
             late = statistics.median(sample[index] for sample in taken[-fifth:])
