@@ -33,11 +33,15 @@ __all__ = [
     "APPLICATION_ID",
     "CATALOG_NAME",
     "FIRST_CONTENT",
+    "NO_PACK",
     "SCHEMA",
     "SNAPSHOT_NAME",
     "Catalog",
     "create_catalog",
 ]
+
+NO_PACK = 0
+"""Stands for the pack of a fragment that files need and no pack has any more."""
 
 CATALOG_NAME = "catalog.sqlite"
 SNAPSHOT_NAME = "catalog.snapshot"
@@ -150,6 +154,11 @@ _MIGRATIONS = {
 }
 """What brings a catalog of a version to the next one."""
 
+_REBUILD = (
+    "restore it, with the packs, from one backup, or make a new one from the packs with: fragfs"
+    " check --rebuild"
+)
+
 _ASKED_STEP = 8
 """Numbers asked for in one query are filled up to a multiple of this."""
 
@@ -211,7 +220,7 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         raise FormatError(
             f"catalog {path} is damaged: {error}",
             path=str(path),
-            remedy="restore it, with the packs, from one backup",
+            remedy=_REBUILD,
         ) from error
 
 
@@ -254,10 +263,16 @@ class Catalog:
         self._process = os.getpid()
         self._identity = _identity(self.path)
         if self._identity is None:
+            lost = (directory / "packs").is_dir()
             raise NotFoundError(
-                f"no fragfs library in {directory}",
+                f"the library in {directory} has lost its {CATALOG_NAME}"
+                if lost
+                else f"no fragfs library in {directory}",
                 path=str(directory),
-                remedy=f"create one with: fragfs init {directory}",
+                remedy="put it back from a backup of the whole library, or make a new one from the"
+                f" packs with: fragfs --library {directory} check --rebuild"
+                if lost
+                else f"create one with: fragfs init {directory}",
             )
         try:
             self.connection()
@@ -278,7 +293,7 @@ class Catalog:
             raise FormatError(
                 f"{self.path} is not the catalog of a fragfs library",
                 path=str(self.path),
-                remedy="check the path, or restore the catalog from a backup",
+                remedy=f"check the path; if it is a library, {_REBUILD}",
             )
         if version in _MIGRATIONS and self.read_only:
             raise FormatError(
@@ -427,7 +442,7 @@ class Catalog:
             raise FormatError(
                 f"catalog {self.path} lacks the library's settings",
                 path=str(self.path),
-                remedy="restore it, with the packs, from one backup",
+                remedy=_REBUILD,
             )
         uuid, elements, closure, zstd_level, pack_bytes, level = found
         config = LibraryConfig(elements, closure, zstd_level, pack_bytes, Level(level))
@@ -483,6 +498,10 @@ class Catalog:
                 "SELECT DISTINCT fragment FROM bases WHERE base = ?", (number,)
             )
         ]
+
+    def quarantined(self) -> set[int]:
+        """The fragments whose stored bytes were found damaged and not replaced since."""
+        return {number for (number,) in self.rows("SELECT fragment FROM quarantine")}
 
     def next_number(self, table: str) -> int:
         """The first number of an AUTOINCREMENT table that was never used."""

@@ -54,9 +54,11 @@ if TYPE_CHECKING:
     from fragfs.library.decode import DecodedSource, FragmentDecoder
     from fragfs.library.estimate import EstimateReport
     from fragfs.library.explain import Explanation
+    from fragfs.library.findings import CheckReport
     from fragfs.library.ingest import Ingester
     from fragfs.library.optimize import OptimizeReport
     from fragfs.library.readback import ExportReport, VerifiedFile
+    from fragfs.library.rebuild import RebuildReport
 
 __all__ = ["FragmentLibrary"]
 
@@ -144,6 +146,37 @@ class FragmentLibrary:
             StorageError: It cannot be read.
         """
         return cls(path, files=files, lock_timeout_s=lock_timeout_s)
+
+    @classmethod
+    def rebuild(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        files: Files | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
+        lock_timeout_s: float = _LOCK_TIMEOUT_S,
+        progress: Progress = NO_PROGRESS,
+    ) -> RebuildReport:
+        """Make a new catalog from the packs alone; the old one is kept under another name.
+
+        Args:
+            path: The library's directory.
+            files: How to read and write; the real file system by default.
+            now_ns: The clock.
+            lock_timeout_s: How long to wait for a writer.
+            progress: Told about bytes read.
+
+        Raises:
+            NotFoundError: There are no packs.
+            StorageError: The library is mounted or in use, or something cannot be written.
+        """
+        from fragfs.library.rebuild import Rebuilder
+
+        files = files or OsFiles()
+        report = Rebuilder(files, Path(path), lock_timeout_s, now_ns, progress).run()
+        with cls(path, files=files, lock_timeout_s=lock_timeout_s) as library:
+            library._publish_snapshot()
+        return report
 
     def close(self) -> None:
         """Close the catalog and the packs; other threads must have stopped using them."""
@@ -517,6 +550,46 @@ class FragmentLibrary:
     def hold_lease(self) -> AbstractContextManager[None]:
         """Keep what is open readable, whatever is removed: for as long as the context lasts."""
         return hold_lease(self.path)
+
+    # --- the library as a whole
+
+    def check(
+        self,
+        *,
+        data: bool = False,
+        repair: bool = False,
+        progress: Progress = NO_PROGRESS,
+        workers: int | None = None,
+    ) -> CheckReport:
+        """Compare catalog and packs with the format's rules and their checksums.
+
+        Args:
+            data: Also decode everything, and compare ids and SHA-256.
+            repair: Mend what can be derived again, and put damaged fragments in quarantine.
+            progress: Told about bytes read and decoded.
+            workers: Threads that decode; one per core by default.
+
+        Raises:
+            StorageError: Something cannot be read for now, or, to repair, not be written.
+        """
+        from fragfs.library.check import Checker
+        from fragfs.library.repair import Repairer
+
+        checker = Checker(
+            self._files,
+            self.path,
+            self._catalog,
+            lambda: self._decoder,
+            self._writer,
+            self.uuid,
+            self.config,
+            workers or _cores(),
+            progress,
+        )
+        repairer = Repairer(
+            self._files, self.path, self._catalog, self._packs, self._writer, checker, self._now_ns
+        )
+        return repairer.repair(data=data) if repair else repairer.check(data=data)
 
     # --- whole models
 
