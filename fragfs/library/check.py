@@ -89,7 +89,7 @@ class Checker:
             return findings
         check_catalog(self._catalog, self._config, findings)
         if _distrusted(findings):
-            return findings  # what follows would only repeat it, less clearly
+            return _only_distrust(findings)  # what follows would only repeat it, less clearly
         findings.quarantined = dict(
             self._catalog.rows(
                 "SELECT fragment, reason FROM quarantine"
@@ -107,13 +107,7 @@ class Checker:
             self._progress,
         ).run()
         if _distrusted(findings):
-            # Much of what the packs hold is unknown to such a catalog: nothing else is certain.
-            findings = Findings(
-                problems=[p for p in findings.problems if p.kind is ProblemKind.CATALOG],
-                pack_count=findings.pack_count,
-                pack_bytes=findings.pack_bytes,
-            )
-            return findings
+            return _only_distrust(findings)
         self._check_snapshot(findings)
         self._check_staging(findings)
         if data:
@@ -181,6 +175,15 @@ class Checker:
 
 def _distrusted(findings: Findings) -> bool:
     return any(problem.kind is ProblemKind.CATALOG for problem in findings.problems)
+
+
+def _only_distrust(findings: Findings) -> Findings:
+    """What is wrong with a catalog that cannot be believed: whatever else it led to is not sure."""
+    return Findings(
+        problems=[p for p in findings.problems if p.kind is ProblemKind.CATALOG],
+        pack_count=findings.pack_count,
+        pack_bytes=findings.pack_bytes,
+    )
 
 
 class _DataCheck:

@@ -21,9 +21,11 @@ from fragfs.library.progress import NO_PROGRESS, Progress
 from fragfs.library.publish import current_manifest
 from fragfs.library.records import (
     FRAGMENT_HEADER,
+    INDEX_ENTRY,
     PACK_HEADER,
     RECORD_HEADER,
     RecordKind,
+    pack_index,
 )
 from fragfs.library.scan import FoundRecord, Gap, PackScan, scan_pack
 from fragfs.types import FragmentId, FragmentMetadata, LibraryConfig
@@ -102,6 +104,8 @@ class PackChecker:
             elif state == PackState.RETIRED:
                 self._findings.retired_files.append(number)
                 self._progress.advance(sizes[number])
+            elif state == PackState.ABANDONED and committed <= PACK_HEADER.size:
+                self._progress.advance(sizes[number])  # nothing in it ever counted
             else:
                 self._progress.note(path.name)
                 self._check(number, path, None if state is None else (committed, state))
@@ -159,7 +163,7 @@ class PackChecker:
             return
         committed, state = known
         self._history.add(scan)
-        if scan.size < committed:
+        if scan.size < committed and not self._is_cut_in_index(scan, committed):
             self._history_is_whole = False
             lost = [m for m in self._fragments(number) if m.offset + m.record_size > scan.size]
             self._damage(
@@ -276,13 +280,14 @@ class PackChecker:
 
     def _check_structure(self, scan: PackScan, committed: int, state: int) -> None:
         """Batches, the index, and damage in bytes that hold no fragment of the catalog."""
-        ends_early = scan.size < committed
+        ends_early = scan.size < committed and not self._is_cut_in_index(scan, committed)
         for batch in scan.batches:
             if not batch.whole:
                 self._findings.notes.append(
                     f"the batch that ends at byte {batch.end} of pack {scan.number} is not whole"
                 )
-        if state == PackState.SEALED and not ends_early and not self._has_index(scan):
+        has_index = self._has_index(scan) and scan.size == committed
+        if state == PackState.SEALED and not ends_early and not has_index:
             # Only where all is readable: no index is better than half of one.
             behind = [gap for gap in scan.gaps if gap.start < scan.records_end]
             if behind:
@@ -309,6 +314,12 @@ class PackChecker:
                 f"records of pack {scan.number} from byte {scan.rest[0].offset} on are committed"
                 " without a trailer"
             )
+
+    def _is_cut_in_index(self, scan: PackScan, committed: int) -> bool:
+        """Whether all that is missing of a pack is a part of its index."""
+        count = sum(1 for _ in scan.records()) + len(scan.batches)
+        index_size = len(pack_index([], 0)) + INDEX_ENTRY.size * count
+        return scan.records_end <= scan.size and scan.records_end + index_size == committed
 
     def _has_index(self, scan: PackScan) -> bool:
         if scan.index is None:

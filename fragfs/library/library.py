@@ -35,6 +35,7 @@ from fragfs.library.publish import (
     publish_move,
     publish_path_removal,
     publish_removal,
+    refresh_stored_bytes,
 )
 from fragfs.library.writer import Batch, LibraryWriter
 from fragfs.types import (
@@ -439,7 +440,11 @@ class FragmentLibrary:
         try:
             # Fragments are stored before a model names them: nobody shall drop them meanwhile.
             with hold_lease(self.path):
-                return adder.run(paths, options)
+                report = adder.run(paths, options)
+            if report.healed:
+                with self._writer.batch() as batch:
+                    refresh_stored_bytes(batch, self._catalog)
+            return report
         finally:
             if self._catalog.generation() != before:
                 self._publish_snapshot()
