@@ -155,6 +155,9 @@ class Rebuilder:
             formers=[f for f in formers if f.uuid == found.header.library_uuid],
             notes=self._notes,
         )
+        newest = max((former.generation for former in catalog.formers), default=0)
+        if newest > catalog.generation:
+            self._tell_missing(catalog.generation + 1, newest)
         for pack, offset in catalog.told.damaged:
             self._notes.append(
                 f"what a model was, or that it was removed, is damaged in pack {pack} at offset"
@@ -198,10 +201,7 @@ class Rebuilder:
             scans.append(scan)
         committed = history.committed(read_intents(self._files, self._staging))
         for first, last in committed.missing:
-            self._notes.append(
-                f"the batches of generation {first} to {last} are in no pack: what they added or"
-                " removed is not known"
-            )
+            self._tell_missing(first, last)
         candidates: dict[FragmentId, list[Candidate]] = {}
         ends: dict[int, int] = {}
         for batch in committed.batches:
@@ -219,6 +219,12 @@ class Rebuilder:
             committed,
             candidates,
             sum(map(len, fragments.values())),
+        )
+
+    def _tell_missing(self, first: int, last: int) -> None:
+        self._notes.append(
+            f"the batches of generation {first} to {last} are in no pack: what they added or removed"
+            " is not known"
         )
 
     def _agreed_header(self, numbers: dict[int, Path], formers: list[FormerCatalog]) -> PackHeader:
