@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -58,14 +58,17 @@ if TYPE_CHECKING:
     from fragfs.library.findings import CheckReport
     from fragfs.library.ingest import Ingester
     from fragfs.library.optimize import OptimizeReport
-    from fragfs.library.readback import ExportReport, VerifiedFile
+    from fragfs.library.readback import ExportReport
     from fragfs.library.rebuild import RebuildReport
+    from fragfs.library.verify import VerifiedFile, VerifyState
 
 __all__ = ["FragmentLibrary"]
 
 log = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT_S = 60.0
+_VERIFY_RECENT_BYTES_MAX = 192 << 20
+"""Decoded fragments kept while files are verified: what several of them have in common."""
 
 
 class FragmentLibrary:
@@ -603,15 +606,49 @@ class FragmentLibrary:
         name: str | bytes | None = None,
         progress: Progress = NO_PROGRESS,
         workers: int | None = None,
-    ) -> Iterator[VerifiedFile]:
-        """Decode every file of a model (or of all) and compare it with its recorded SHA-256."""
-        from fragfs.library.readback import verify_files
+        state: VerifyState | None = None,
+    ) -> Generator[VerifiedFile, None, None]:
+        """Decode every file of a model (or of all) and compare it with its recorded SHA-256.
 
+        Args:
+            name: The model; None for all.
+            progress: Told about bytes decoded.
+            workers: How many threads decode, and how many files are read at once; one per core by
+                default.
+            state: What an interrupted run has found good; see `verify_state`.
+
+        Raises:
+            NotFoundError: No such model.
+        """
+        from fragfs.library.recent import RecentFragments
+        from fragfs.library.verify import verify_files
+
+        recent = RecentFragments(_VERIFY_RECENT_BYTES_MAX)
+        decoder = self._decoder
         models = [self.model(name)] if name is not None else self.models()
         files = [(model.name, entry) for model in models for entry in self.files(model.name)]
         return verify_files(
-            files, self.open_content, self._decode_cold, workers or _cores(), progress
+            files,
+            self.open_content,
+            lambda number: decoder.decode(number, recent),
+            workers or _cores(),
+            progress,
+            state,
         )
+
+    def verify_state(self, path: Path, *, resume: bool) -> VerifyState:
+        """Where a run of `verify` writes down how far it got, for the library as it is now.
+
+        Args:
+            path: The file.
+            resume: Whether to go on where an interrupted run stopped.
+
+        Raises:
+            StorageError: The file cannot be made.
+        """
+        from fragfs.library.verify import VerifyState
+
+        return VerifyState(path, self.uuid, self._catalog.generation()[1], resume=resume)
 
     def export(
         self,

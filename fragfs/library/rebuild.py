@@ -223,8 +223,8 @@ class Rebuilder:
 
     def _tell_missing(self, first: int, last: int) -> None:
         self._notes.append(
-            f"the batches of generation {first} to {last} are in no pack: what they added or removed"
-            " is not known"
+            f"the batches of generation {first} to {last} are in no pack: what they added or"
+            " removed is not known"
         )
 
     def _agreed_header(self, numbers: dict[int, Path], formers: list[FormerCatalog]) -> PackHeader:
