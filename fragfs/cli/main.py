@@ -43,6 +43,7 @@ COMMANDS = {
     "check": "fragfs.cli.inspecting",
     "rm": "fragfs.cli.changing",
     "mv": "fragfs.cli.changing",
+    "gc": "fragfs.cli.collecting",
     "optimize": "fragfs.cli.optimizing",
 }
 """Every command, in the order of `--help`, and the module that defines it under its own name."""

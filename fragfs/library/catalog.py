@@ -18,9 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fragfs.errors import FormatError, NotFoundError, StorageError
+from fragfs.errors import FormatError, NotFoundError, StorageError, UsageError
+from fragfs.library.cells import odd_cell
 from fragfs.library.files import storage_error
+from fragfs.library.records import RECORD_HEADER_BYTES_MAX
 from fragfs.types import (
+    FRAGMENT_BYTES_MAX,
     LIBRARY_FORMAT_VERSION,
     SHARED_INODE_BYTES_MIN,
     FragmentId,
@@ -32,6 +35,7 @@ from fragfs.types import (
 __all__ = [
     "APPLICATION_ID",
     "CATALOG_NAME",
+    "CATALOG_REMEDY",
     "FIRST_CONTENT",
     "NO_PACK",
     "SCHEMA",
@@ -154,13 +158,26 @@ _MIGRATIONS = {
 }
 """What brings a catalog of a version to the next one."""
 
-_REBUILD = (
+CATALOG_REMEDY = (
     "restore it, with the packs, from one backup, or make a new one from the packs with: fragfs"
     " check --rebuild"
 )
+"""What to do about a damaged catalog."""
+
+_OFFSET_MAX = 1 << 48
 
 _ASKED_STEP = 8
 """Numbers asked for in one query are filled up to a multiple of this."""
+
+_FREE_PAGES_MIN = 64
+_FREE_SHARE_MIN = 0.2
+"""Unused pages are used again; fewer of them are not worth writing all others anew."""
+
+# Whose library it is does not matter: nothing in it is run.
+_FOREIGN_ENTRIES = (
+    "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
+    " OR (type = 'table' AND rootpage = 0)"
+)
 
 _FRAGMENT_COLUMNS = "number, id, pack, offset, record_size, raw_size, predictor"
 
@@ -216,11 +233,12 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         ) from error
     except sqlite3.IntegrityError:
         raise  # a constraint of ours: a defect of fragfs, not of the database file
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        # The latter where SQLite's own message quotes a damaged schema.
         raise FormatError(
             f"catalog {path} is damaged: {error}",
             path=str(path),
-            remedy=_REBUILD,
+            remedy=CATALOG_REMEDY,
         ) from error
 
 
@@ -293,7 +311,7 @@ class Catalog:
             raise FormatError(
                 f"{self.path} is not the catalog of a fragfs library",
                 path=str(self.path),
-                remedy=f"check the path; if it is a library, {_REBUILD}",
+                remedy=f"check the path; if it is a library, {CATALOG_REMEDY}",
             )
         if version in _MIGRATIONS and self.read_only:
             raise FormatError(
@@ -364,9 +382,17 @@ class Catalog:
                 uri, uri=True, isolation_level=None, timeout=30, check_same_thread=False
             )
             try:
+                connection.execute("PRAGMA trusted_schema = OFF")
+                connection.execute("PRAGMA cell_size_check = ON")
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute(f"PRAGMA query_only = {0 if writable else 1}")
-                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                (foreign,) = connection.execute(_FOREIGN_ENTRIES).fetchone()
+                if foreign:
+                    raise FormatError(
+                        f"catalog {self.path} has views, triggers or virtual tables",
+                        path=str(self.path),
+                        remedy="do not use it: fragfs makes none, and they run when it is read",
+                    )
             except BaseException:
                 connection.close()
                 raise
@@ -399,6 +425,31 @@ class Catalog:
         finally:
             connection.close()
 
+    def shrink(self) -> bool:
+        """Give the pages that nothing uses back to the disk, if they are many.
+
+        Under the writer lock. Readers go on: they see the old pages until their query ends.
+
+        Returns:
+            Whether it was worth it.
+
+        Raises:
+            StorageError: There is no room for the copy that this makes; nothing has changed.
+        """
+        connection = self._connect(writable=True)
+        try:
+            with _sqlite_errors(self.path):
+                (free_count,) = connection.execute("PRAGMA freelist_count").fetchone()
+                (page_count,) = connection.execute("PRAGMA page_count").fetchone()
+                if free_count < max(_FREE_PAGES_MIN, _FREE_SHARE_MIN * page_count):
+                    return False
+                connection.execute("VACUUM")
+                # The file itself gets shorter only here; a reader in the way leaves it to the next.
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                return True
+        finally:
+            connection.close()
+
     def copy_to(self, path: Path) -> None:
         """Write a consistent copy of the database, complete in one file."""
         with _sqlite_errors(path):
@@ -412,15 +463,38 @@ class Catalog:
     # --- queries
 
     def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a read-only query."""
+        """All rows of a read-only query.
+
+        Raises:
+            FormatError: The database is damaged, or a cell holds what its column never does.
+            StorageError: It cannot be read.
+        """
         with _sqlite_errors(self.path):
-            return self.connection().execute(sql, parameters).fetchall()
+            cursor = self.connection().execute(sql, parameters)
+            found = cursor.fetchall()
+        self._check_types(cursor, found)
+        return found
 
     def row(self, sql: str, parameters: Sequence[object] = ()) -> tuple[Any, ...] | None:
-        """The first row of a read-only query, or None."""
+        """The first row of a read-only query, or None; raises as `rows` does."""
         with _sqlite_errors(self.path):
-            found: tuple[Any, ...] | None = self.connection().execute(sql, parameters).fetchone()
-            return found
+            cursor = self.connection().execute(sql, parameters)
+            found: tuple[Any, ...] | None = cursor.fetchone()
+        if found is not None:
+            self._check_types(cursor, (found,))
+        return found
+
+    def _check_types(self, cursor: sqlite3.Cursor, rows: Sequence[tuple[Any, ...]]) -> None:
+        odd = odd_cell(cursor.description, rows)
+        if odd is not None:
+            raise self._damaged(odd)
+
+    def _damaged(self, what: str) -> FormatError:
+        return FormatError(
+            f"catalog {self.path} is damaged: {what}",
+            path=str(self.path),
+            remedy=CATALOG_REMEDY,
+        )
 
     def data_version(self) -> int:
         """A number that changes when another connection has committed.
@@ -442,10 +516,15 @@ class Catalog:
             raise FormatError(
                 f"catalog {self.path} lacks the library's settings",
                 path=str(self.path),
-                remedy=_REBUILD,
+                remedy=CATALOG_REMEDY,
             )
         uuid, elements, closure, zstd_level, pack_bytes, level = found
-        config = LibraryConfig(elements, closure, zstd_level, pack_bytes, Level(level))
+        try:
+            config = LibraryConfig(elements, closure, zstd_level, pack_bytes, Level(level))
+        except (UsageError, ValueError) as error:
+            raise self._damaged(f"settings that cannot be: {error}") from error
+        if len(uuid) != 16:
+            raise self._damaged(f"a library UUID of {len(uuid)} bytes")
         return uuid, config
 
     def generation(self) -> tuple[int, bytes]:
@@ -461,15 +540,42 @@ class Catalog:
         Raises:
             NotFoundError: No such fragment.
         """
-        found = self.row(f"SELECT {_FRAGMENT_COLUMNS} FROM fragments WHERE number = ?", (number,))
+        # The index of ids is asked as well: of two damaged rows one may have taken the other's
+        # number, and then the bytes would be another fragment's.
+        found = self.row(
+            f"SELECT {_FRAGMENT_COLUMNS}, (SELECT other.number FROM fragments AS other"
+            " WHERE other.id = fragments.id) AS number FROM fragments WHERE number = ?",
+            (number,),
+        )
         if found is None:
-            raise NotFoundError(f"fragment number {number} is not in the catalog")
-        return _metadata(found)
+            raise NotFoundError(
+                f"fragment number {number} is not in the catalog",
+                remedy="add the model again, or restore the catalog from a backup",
+            )
+        *row, again = found
+        if again != number:
+            raise self._damaged(f"fragment {number} is not what the index of ids says")
+        return self._metadata(row)
+
+    def _metadata(self, row: Sequence[Any]) -> FragmentMetadata:
+        number, fragment, pack, offset, record_size, raw_size, predictor = row
+        if (
+            len(fragment) != 32
+            or pack < NO_PACK
+            or not 0 <= offset <= _OFFSET_MAX
+            or not 0 < record_size <= FRAGMENT_BYTES_MAX + RECORD_HEADER_BYTES_MAX
+            or not 0 <= raw_size <= FRAGMENT_BYTES_MAX
+            or not 0 <= predictor <= 255
+        ):
+            raise self._damaged(f"the place of fragment {number} cannot be")
+        return FragmentMetadata(
+            number, FragmentId(fragment), pack, offset, record_size, raw_size, predictor
+        )
 
     def find_fragment(self, fragment: FragmentId) -> FragmentMetadata | None:
         """Where the fragment with this id is stored, or None."""
         found = self.row(f"SELECT {_FRAGMENT_COLUMNS} FROM fragments WHERE id = ?", (fragment,))
-        return _metadata(found) if found else None
+        return self._metadata(found) if found else None
 
     def bases(self, number: int) -> tuple[int, ...]:
         """The fragments that the prediction of a fragment reads, in its order."""
@@ -530,17 +636,4 @@ def _forked() -> StorageError:
     return StorageError(
         "a library that was opened before fork() is used after it",
         remedy="open the library again in the child process",
-    )
-
-
-def _metadata(row: tuple[Any, ...]) -> FragmentMetadata:
-    number, fragment, pack, offset, record_size, raw_size, predictor = row
-    return FragmentMetadata(
-        number,
-        FragmentId(fragment),
-        pack,
-        offset,
-        record_size,
-        raw_size,
-        predictor,
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from fragfs.errors import FragmentError, IntegrityError, NotFoundError, StorageError
+from fragfs.errors import FormatError, FragmentError, IntegrityError, NotFoundError, StorageError
 from fragfs.library.catalog import SNAPSHOT_NAME, Catalog
 from fragfs.library.check_catalog import check_catalog, check_database
 from fragfs.library.check_packs import PackChecker
@@ -87,9 +87,23 @@ class Checker:
         findings = Findings()
         if not check_database(self._catalog, findings):
             return findings
+        try:
+            self._check_structure(findings)
+        except FormatError as error:
+            # A row that no fragfs writes: what else the catalog says is not worth much.
+            findings.distrust(error.message)
+        if _distrusted(findings):
+            return _only_distrust(findings)
+        if data:
+            _DataCheck(
+                self._catalog, self._decoder(), findings, self._workers, self._progress
+            ).run()
+        return findings
+
+    def _check_structure(self, findings: Findings) -> None:
         check_catalog(self._catalog, self._config, findings)
         if _distrusted(findings):
-            return _only_distrust(findings)  # what follows would only repeat it, less clearly
+            return
         findings.quarantined = dict(
             self._catalog.rows(
                 "SELECT fragment, reason FROM quarantine"
@@ -106,15 +120,8 @@ class Checker:
             findings,
             self._progress,
         ).run()
-        if _distrusted(findings):
-            return _only_distrust(findings)
         self._check_snapshot(findings)
         self._check_staging(findings)
-        if data:
-            _DataCheck(
-                self._catalog, self._decoder(), findings, self._workers, self._progress
-            ).run()
-        return findings
 
     def decode_some(self, numbers: Collection[int], findings: Findings) -> None:
         """Decode some fragments and add what is found, as `run` with `data` does for all.

@@ -11,7 +11,7 @@ from fragfs.errors import FragmentError
 from fragfs.library.appender import PackState
 from fragfs.library.catalog import Catalog
 from fragfs.library.closure import closure_of
-from fragfs.library.extents import ExtentMap
+from fragfs.library.extents import ExtentMap, check_seal
 from fragfs.library.findings import Findings
 from fragfs.library.names import parents, printable, split
 from fragfs.types import LibraryConfig
@@ -118,6 +118,7 @@ def _check_contents(catalog: Catalog, raw_sizes: NDArray[np.int64], findings: Fi
         ):
             try:
                 extents = ExtentMap.parse(blob)
+                check_seal(blob, number, sha256)
             except FragmentError as error:
                 yield f"content {number}: {error.message}"
                 continue

@@ -10,21 +10,21 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from fragfs.errors import FragmentError, NotFoundError, StorageError
+from fragfs.errors import FormatError, FragmentError, NotFoundError, StorageError
 from fragfs.library import tree
 from fragfs.library.catalog import (
     Catalog,
 )
-from fragfs.library.extents import ExtentMap, OpenContent
+from fragfs.library.extents import ExtentMap, OpenContent, check_seal
 from fragfs.library.files import Files, OsFiles
-from fragfs.library.lease import hold_lease
+from fragfs.library.lease import Lease, as_ranges, hold_lease, leased
 from fragfs.library.names import as_name, join, printable
 from fragfs.library.packs import PackReader
 from fragfs.library.progress import NO_PROGRESS, Progress
@@ -52,6 +52,7 @@ from fragfs.types import (
 
 if TYPE_CHECKING:
     from fragfs.library.add import AddOptions, AddReport
+    from fragfs.library.collect import Collector, GcReport
     from fragfs.library.decode import DecodedSource, FragmentDecoder
     from fragfs.library.estimate import EstimateReport
     from fragfs.library.explain import Explanation
@@ -227,16 +228,19 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No such model.
+            FormatError: The catalog is damaged there.
         """
         model = self.model(name)
-        entries = [
-            FileEntry(join(directory, leaf), *rest)
-            for directory, leaf, *rest in self._catalog.rows(
-                "SELECT directory, name, content, size, sha256, mode, files.mtime_ns, stored_bytes,"
-                " verdict FROM files JOIN contents ON contents.number = content WHERE model = ?",
-                (model.number,),
-            )
-        ]
+        entries = []
+        for is_indexed, directory, leaf, *rest in self._catalog.rows(
+            f"SELECT {tree.IS_INDEXED}, directory, name, content, size, sha256, mode,"
+            " files.mtime_ns, stored_bytes, verdict"
+            " FROM files JOIN contents ON contents.number = content WHERE model = ?",
+            (model.number,),
+        ):
+            entry = FileEntry(join(directory, leaf), *rest)
+            tree.check_file(entry.path, entry.content, entry.size, is_indexed)
+            entries.append(entry)
         return sorted(entries, key=lambda entry: entry.path)
 
     def manifest(self, name: str | bytes) -> ModelManifest:
@@ -300,7 +304,8 @@ class FragmentLibrary:
         from fragfs.library.estimate import Estimator
 
         estimator = Estimator(self.path, self.config, self._catalog, self._decoder, progress)
-        return estimator.run(paths, options)
+        with hold_lease(self.path, "estimate"):
+            return estimator.run(paths, options)
 
     def data_version(self) -> int:
         """A number that changes when any process has changed the library.
@@ -326,6 +331,7 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No file shows it any more.
+            FormatError: The catalog is damaged.
         """
         row = self._catalog.row(
             "SELECT number, size, mtime_ns, sha256, stored_bytes, extents FROM contents"
@@ -334,11 +340,27 @@ class FragmentLibrary:
         )
         if row is None:
             raise NotFoundError(f"content {content} is not in the library (any more)")
-        number, size, mtime_ns, sha256, stored_bytes, extents = row
-        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
+        number, size, mtime_ns, sha256, stored_bytes, blob = row
+        check_seal(blob, number, sha256)
+        extents = ExtentMap.parse(blob)
+        if extents.size != size:
+            raise FormatError(
+                f"content {number} has {size} bytes, its extents have {extents.size}",
+                path=str(self._catalog.path),
+                remedy="restore the catalog from a backup",
+                expected=size,
+                actual=extents.size,
+            )
+        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, extents)
+
+    def has_content(self, content: int) -> bool:
+        """Whether a file content is in the catalog (still)."""
+        return self._catalog.row("SELECT 1 FROM contents WHERE number = ?", (content,)) is not None
 
     def open_file(self, name: str | bytes, path: str | bytes) -> BinaryIO:
         """A file of a model as a read-only, seekable Python file, decoded while it is read.
+
+        It stays readable to the end, whatever is removed meanwhile; close it when you are done.
 
         Raises:
             NotFoundError: No such model or file.
@@ -354,8 +376,12 @@ class FragmentLibrary:
                 f"{printable(model)} has no file {printable(inside)}",
                 remedy=f"see its files with: fragfs ls {printable(model)}",
             )
-        stream = ContentStream(self.open_content(node.content), self._decode_cold)
-        return io.BufferedReader(stream, 1 << 20)
+        with ExitStack() as scope:
+            lease = scope.enter_context(hold_lease(self.path, "program reading a file"))
+            content = self.open_content(node.content)
+            lease.pin(as_ranges(content.extents.fragments))
+            stream = ContentStream(content, self._decode_cold, scope.pop_all().close)
+            return io.BufferedReader(stream, 1 << 20)
 
     def models_of_content(self, content: int) -> list[bytes]:
         """Names of the models that show a content."""
@@ -442,7 +468,7 @@ class FragmentLibrary:
         before = self._catalog.generation()
         try:
             # Fragments are stored before a model names them: nobody shall drop them meanwhile.
-            with hold_lease(self.path):
+            with hold_lease(self.path, "add"):
                 report = adder.run(paths, options)
             if report.healed:
                 with self._writer.batch() as batch:
@@ -463,7 +489,13 @@ class FragmentLibrary:
         from fragfs.library.ingest import Ingester
 
         return Ingester(
-            self.config, self._catalog, self._decoder, self._start_batch, workers, progress
+            self.config,
+            self._catalog,
+            self._decoder,
+            self._start_batch,
+            workers,
+            progress,
+            self._now_ns,
         )
 
     def _read_back(self, name: bytes) -> None:
@@ -533,19 +565,55 @@ class FragmentLibrary:
         """
         from fragfs.library.reorganize import Reorganizer
 
-        return Reorganizer(
-            self._files,
-            self.path,
-            self._catalog,
-            self._packs,
-            self._decoder,
-            self._writer,
-        ).optimize(
+        return Reorganizer(self._catalog, self._decoder, self._writer, self._collector()).optimize(
             level,
             self._readable_layers(),
             workers or _cores(),
             progress,
         )
+
+    def collect(
+        self,
+        *,
+        grace_s: float | None = None,
+        wait_s: float | None = None,
+        dry_run: bool = False,
+    ) -> GcReport:
+        """Drop the fragments that nothing needs, and give their space back.
+
+        Mounts and readers may stay: what they have open stays readable to the last byte.
+
+        Args:
+            grace_s: What an add stored and no model names stays for so long after it was stored,
+                so that a killed add can be resumed; a day by default.
+            wait_s: How long mounts may take to say what they still need of what was removed; what
+                is not said in time is kept. A few seconds by default.
+            dry_run: Only say what would be dropped.
+
+        Raises:
+            StorageError: Something cannot be read or written.
+        """
+        from fragfs.library.collect import GRACE_S, WAIT_S
+
+        return self._collector().run(
+            grace_s=GRACE_S if grace_s is None else grace_s,
+            wait_s=WAIT_S if wait_s is None else wait_s,
+            dry_run=dry_run,
+        )
+
+    def _collector(self) -> Collector:
+        from fragfs.library.collect import Collector
+        from fragfs.library.compact import Compactor
+
+        compactor = Compactor(
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._writer.batch,
+            self._writer.publish_snapshot,
+        )
+        return Collector(self.path, self._catalog, self._writer, compactor, self._now_ns)
 
     def _readable_layers(self) -> Iterator[LayerMapping]:
         """The named tensors of every model that can be read."""
@@ -555,9 +623,17 @@ class FragmentLibrary:
             except FragmentError:
                 continue  # damaged, or removed meanwhile: `verify` tells
 
-    def hold_lease(self) -> AbstractContextManager[None]:
-        """Keep what is open readable, whatever is removed: for as long as the context lasts."""
-        return hold_lease(self.path)
+    def hold_lease(self, what: str = "reader") -> AbstractContextManager[Lease]:
+        """Keep everything readable, whatever is removed, for as long as the context lasts.
+
+        Args:
+            what: What the holder is, for messages. It may say on the lease that it needs less.
+        """
+        return hold_lease(self.path, what)
+
+    def generation(self) -> int:
+        """The number of the change committed last."""
+        return self._catalog.generation()[0]
 
     # --- the library as a whole
 
@@ -626,8 +702,11 @@ class FragmentLibrary:
         recent = RecentFragments(_VERIFY_RECENT_BYTES_MAX)
         decoder = self._decoder
         models = [self.model(name)] if name is not None else self.models()
-        files = [(model.name, entry) for model in models for entry in self.files(model.name)]
-        return verify_files(
+        files: list[tuple[bytes, FileEntry]] = []
+        for model in models:
+            with suppress(NotFoundError):
+                files += [(model.name, entry) for entry in self.files(model.name)]
+        verified = verify_files(
             files,
             self.open_content,
             lambda number: decoder.decode(number, recent),
@@ -635,6 +714,7 @@ class FragmentLibrary:
             progress,
             state,
         )
+        return leased(self.path, "verify", verified)
 
     def verify_state(self, path: Path, *, resume: bool) -> VerifyState:
         """Where a run of `verify` writes down how far it got, for the library as it is now.
@@ -669,15 +749,21 @@ class FragmentLibrary:
         files = self.files(name)
         draft = load_draft(self._catalog, as_name(name))
         directories: list[DraftDirectory] = list(draft.directories.values())
-        return export_files(
-            files,
-            [(d.path, d.mode, d.mtime_ns) for d in directories],
-            destination,
-            self.open_content,
-            self._decode_cold,
-            workers or _cores(),
-            progress,
-        )
+        with hold_lease(self.path, "export") as lease:
+            pinned: dict[int, OpenContent] = {}
+            for number in {file.content for file in files}:
+                with suppress(FragmentError):  # `export_files` asks for it again, and tells
+                    pinned[number] = self.open_content(number)
+            lease.pin(as_ranges(f for one in pinned.values() for f in one.extents.fragments))
+            return export_files(
+                files,
+                [(d.path, d.mode, d.mtime_ns) for d in directories],
+                destination,
+                lambda number: pinned.get(number) or self.open_content(number),
+                self._decode_cold,
+                workers or _cores(),
+                progress,
+            )
 
 
 _MODELS = """

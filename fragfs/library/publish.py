@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fragfs.errors import NotFoundError, StorageError, UsageError
 from fragfs.library.catalog import Catalog
-from fragfs.library.extents import ExtentMap
+from fragfs.library.extents import ExtentMap, check_seal
 from fragfs.library.manifests import (
     ManifestContent,
     ManifestFile,
@@ -21,6 +21,7 @@ from fragfs.library.manifests import (
 )
 from fragfs.library.names import join, parents, printable, split
 from fragfs.library.records import RecordKind
+from fragfs.library.unpublished import settle_published
 from fragfs.library.writer import Batch
 from fragfs.types import SHARED_INODE_BYTES_MIN, FragmentId
 
@@ -184,8 +185,12 @@ def publish_model(batch: Batch, catalog: Catalog, draft: ModelDraft, now_ns: int
     manifest = _manifest(draft, numbered)
     batch.append_plain(RecordKind.MANIFEST, pack_manifest(manifest))
 
+    new = [file.content for file in draft.files.values() if isinstance(file.content, NewContent)]
+    published = {number for content in new for number in content.extents.fragments}
+
     def apply(connection: sqlite3.Connection) -> None:
         _write_model(connection, draft, manifest, numbered, now_ns)
+        settle_published(connection, published)
 
     batch.commit(apply)
 
@@ -381,6 +386,7 @@ class _Contents:
             )
             if row is None:
                 raise NotFoundError(f"content {number} is not in the catalog")
+            check_seal(row[3], number, row[0])
             described.append((number, *row[:3], ExtentMap.parse(row[3])))
         self._load_fragments([extents for *_, extents in described])
         for number, sha256, mtime_ns, verdict, extents in described:
@@ -436,7 +442,7 @@ def _write_model(
                 content.mtime_ns,
                 numbered.stored_bytes(content.extents),
                 content.verdict,
-                content.extents.pack(),
+                content.extents.pack(content_number, content.sha256),
             )
             for content_number, content in numbered.new.items()
         ),

@@ -299,7 +299,7 @@ class RebuiltCatalog:
                 content.mtime_ns,
                 stored,
                 content.verdict,
-                extents.pack(),
+                extents.pack(number, content.sha256),
             ),
         )
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fragfs.errors import IntegrityError
 from fragfs.library.extents import OpenContent
 
 if TYPE_CHECKING:
@@ -23,14 +24,27 @@ class ContentStream(io.RawIOBase):
     Args:
         content: The file.
         decode: Decodes a fragment by number; its errors leave `read` as they are.
+        let_go: Called once when it is closed.
     """
 
-    def __init__(self, content: OpenContent, decode: Callable[[int], memoryview]) -> None:
+    def __init__(
+        self,
+        content: OpenContent,
+        decode: Callable[[int], memoryview],
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
+        self._let_go = let_go
         self._content = content
         self._decode = decode
         self._position = 0
         self._last: tuple[int, memoryview] | None = None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if not self.closed:
+            self._let_go()
+        super().close()
 
     def readable(self) -> bool:
         """True."""
@@ -69,7 +83,14 @@ class ContentStream(io.RawIOBase):
             skip = self._position - extent.offset
             size = min(extent.size - skip, wanted - done)
             start = extent.fragment_offset + skip
-            target[done : done + size] = self._fragment(extent.fragment)[start : start + size]
+            raw = self._fragment(extent.fragment)
+            if start + size > raw.nbytes:
+                raise IntegrityError(
+                    f"fragment {extent.fragment} has {raw.nbytes} bytes, an extent needs"
+                    f" {start + size}",
+                    remedy="restore the catalog from a backup, or add the model again",
+                )
+            target[done : done + size] = raw[start : start + size]
             self._position += size
             done += size
             index += 1

@@ -152,7 +152,7 @@ def verify_files(
 ) -> Generator[VerifiedFile, None, None]:
     """Decode files and compare their SHA-256, several at once; each distinct content is read once.
 
-    A file that is removed meanwhile has no result.
+    Files that are removed or replaced meanwhile are passed over.
 
     Args:
         files: (model name, file) pairs; results come in this order.
@@ -186,7 +186,7 @@ def verify_files(
                     yield VerifiedFile(model, file.path, file.size, file.sha256, None, resumed=True)
                     continue
                 error = futures[file.content].result()
-                if isinstance(error, NotFoundError) and _is_gone(file.content, open_content):
+                if error is not None and _is_gone(file.content, open_content):
                     continue
                 if error is None and state is not None and file.content not in told:
                     state.add(file.content)

@@ -105,6 +105,11 @@ class Batch:
         return len(self._pending)
 
     @property
+    def new_numbers(self) -> range:
+        """The numbers of those fragments."""
+        return range(self._next_fragment - len(self._pending), self._next_fragment)
+
+    @property
     def is_full(self) -> bool:
         """True once the pack has reached its largest size and the batch should be committed."""
         return self._pack is not None and self._pack.size >= self._writer.config.pack_bytes_max
@@ -553,11 +558,30 @@ class LibraryWriter:
         self._files.sync_directory(self._packs)
 
     def clean_staging(self) -> None:
-        """Remove what killed writers left unfinished. Called under the lock."""
+        """Remove what killed writers left unfinished. Called under the lock.
+
+        Raises:
+            StorageError: The directory is a link: what lies behind it is not ours to remove.
+        """
         staging = self._directory / STAGING_NAME
+        if staging.is_symlink():
+            raise StorageError(
+                f"{staging} is a link",
+                path=str(staging),
+                remedy="put a directory in its place: its files are removed by every writer",
+            )
         for name in self._files.names(staging):
             if name != INTENT_NAME:
                 self._files.unlink(staging / name)
+
+    def shrink_catalog(self) -> None:
+        """Give unused space of the catalog back, if it is much.
+
+        Raises:
+            StorageError: There is no room for it, or another writer kept the lock.
+        """
+        with self._locked():
+            self.catalog.shrink()
 
     def publish_snapshot(self) -> None:
         """Replace the catalog's copy, for readers that may not open the catalog itself.
