@@ -14,7 +14,7 @@ from tools.soak.runner import Child, Runner, SoakError
 from tools.soak.shelf import Shelf
 from tools.soak.sources import KINDS, SourceMaker, Version
 
-__all__ = ["Changer", "check_model"]
+__all__ = ["Changer", "check_model", "parse_sums"]
 
 _MODELS_MIN, _MODELS_MAX = 8, 26
 _BYTES_MAX = 120_000_000
@@ -43,14 +43,19 @@ def stored_sums(runner: Runner, name: str) -> dict[bytes, str] | None:
     """
     result = runner.run("verify MODEL", "verify", name, "--sha256sum", allowed=(0, 1))
     if result.status == 0:
-        return dict(map(_parse_sum, result.output.splitlines()))
+        return parse_sums(result.output)
     if "has no model named" in result.errors:
         return None
     raise SoakError(f"verify {name} failed:\n{result.errors}")
 
 
+def parse_sums(output: bytes) -> dict[bytes, str]:
+    """What `sha256sum -c` would read: digests by path."""
+    return dict(map(_parse_sum, output.splitlines()))
+
+
 def _parse_sum(line: bytes) -> tuple[bytes, str]:
-    """A line of `sha256sum`: a leading backslash says that the name is escaped."""
+    # A leading backslash says that the name is escaped.
     escaped = line.startswith(b"\\")
     digest, path = line.removeprefix(b"\\").split(b"  ", 1)
     if escaped:
