@@ -42,7 +42,7 @@ PATHS = ("w.safetensors", "other.safetensors", "sub/w.safetensors", "text", "sub
 SHARED_MEMORY = "/dev/shm"
 HAS_ROOM = os.path.isdir(SHARED_MEMORY) and shutil.disk_usage(SHARED_MEMORY).free > 60_000_000
 PLACE = SHARED_MEMORY if HAS_ROOM else None
-"""In memory if there is room: thousands of fsyncs take long on some disks. A library takes 10 MB."""
+"""In memory if there is room: thousands of fsyncs take long on some disks."""
 
 Files = dict[str, bytes]
 

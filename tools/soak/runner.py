@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -248,6 +248,9 @@ class Runner:
         self.log(f"{child.process.pid} {action} ended with {result.status} after {took:.2f} s")
         self.count(action)
         ended_by = sent if sent not in (None, signal.SIGSTOP) else None
+        # Before the interpreter has started, its death is an error of its own.
+        if sent == signal.SIGINT and result.status == 1 and "KeyboardInterrupt" in result.errors:
+            result = replace(result, status=-signal.SIGINT)
         expected = _ENDS[signal.Signals(sent)] if ended_by is not None and sent else allowed
         cut_short = result.status != 0 and ended_by is not None
         if result.status not in expected or (
