@@ -1,6 +1,7 @@
 # Everything a developer runs. Targets work in a fresh clone: they make .venv when they need it.
 # Variables: PYTHON (the interpreter for .venv), JOBS (test processes), ARGS (more arguments),
-# FAMILY (where the model family is kept), FAMILY_ARGS (how to make it), MINUTES (of soak).
+# MINUTES (of soak, and of each target of fuzz), TARGETS (of fuzz), FAMILY (where the model family is
+# kept), FAMILY_ARGS (how to make it).
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,6 +9,7 @@ READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 JOBS   ?= 2
 ARGS   ?=
+TARGETS ?=
 TORCH  ?= torch==2.13.0
 CODE   := fragfs tests tools
 FAMILY ?= build/family
@@ -18,7 +20,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/pyt
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix bench bench-read family bench-storage soak unmount clean
+.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix fuzz bench bench-read family bench-storage soak \
+	unmount clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +66,11 @@ check: lint test-fast ## what to run before a commit: lint and test-fast
 fix: $(READY) ## format, and repair what ruff can
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# MINUTES each; TARGETS names some of them. Finds are kept below build/fuzz.
+fuzz: $(READY) ## fuzz parsers, pack and catalog readers with atheris
+	@$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	@$(BIN)/python -m tools.fuzz --minutes $(MINUTES) $(TARGETS)
 
 bench: $(READY) ## measure on this machine; prints machine, date and command
 	@$(BIN)/python -m tools.bench $(ARGS)

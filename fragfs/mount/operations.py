@@ -26,7 +26,7 @@ from fragfs.library.extents import OpenContent
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.tree import Directory, File, TreeNode
 from fragfs.mount.contents import OpenContents
-from fragfs.mount.errors import FaultLog, answering, errno_of
+from fragfs.mount.errors import FaultLog, answering
 from fragfs.mount.inodes import ROOT_INODE, Inode, InodeTable
 from fragfs.mount.reading import MountReading
 from fragfs.mount.view import Tree, join_path
@@ -212,8 +212,9 @@ class MountOperations(pyfuse3.Operations):
                     actual=len(data),
                 )
         except FragmentError as error:
+            # Also where a fragment is not found: the file is there, its bytes are not.
             self._report(error, content)
-            raise FUSEError(errno_of(error)) from error
+            raise FUSEError(errno.EIO) from error
         return data
 
     @answering
