@@ -116,7 +116,7 @@ class LeaseState:
                 None if generation is None else int(generation),
                 tuple((int(first), int(last)) for first, last in found["pins"]),
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
 
@@ -255,7 +255,8 @@ def _read_own(path: Path, *, remove_dead: bool) -> LeaseState | None:
     """What a lease file says; None if its holder is gone."""
     unknown = LeaseState(_process_of(path), "a reader whose lease cannot be read")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Others may put anything there: a pipe must not make this wait.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError:
