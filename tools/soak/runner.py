@@ -143,6 +143,7 @@ class Runner:
             "TMPDIR": os.fspath(self._output),
             "FRAGFS_LIBRARY": os.fspath(library),
             "PYTHONFAULTHANDLER": "1",  # SIGABRT then shows what Python was at
+            "PYTHONPATH": os.fspath(ROOT),
             processes.MARK: mark,
         }
         self._log = (directory / "log").open("w", buffering=1, errors="backslashreplace")
@@ -280,14 +281,11 @@ class Runner:
             child.process.send_signal(signal.SIGCONT)
         return int(number)
 
-    def abandon(self) -> None:
-        """Kill every child that still runs."""
+    def kill_children(self) -> None:
+        """Kill every child that still runs; who waits for it will find that."""
         with self._lock:
-            children = list(self._children.values())
-        for child in children:
-            child.process.kill()
-            child.process.wait()
-            child.close()
+            for child in self._children.values():
+                child.process.kill()
 
     def close(self) -> None:
         """Close the log."""

@@ -133,10 +133,15 @@ class Soak:
         self._start("sampler", self._sample)
         try:
             self.runner.stopping.wait(seconds)
-        finally:
+        except BaseException:
             self.runner.stopping.set()
-            for thread in self._threads:
-                thread.join()
+            while any(thread.is_alive() for thread in self._threads):
+                self.runner.kill_children()
+                time.sleep(0.1)
+            raise
+        self.runner.stopping.set()
+        for thread in self._threads:
+            thread.join()
 
     def _hold(self, child: Child, mode: str, versions: list[Version]) -> None:
         for version in versions:
@@ -396,7 +401,7 @@ class Soak:
     def close(self) -> None:
         """Take down whatever is left: processes, then mounts."""
         self.runner.stopping.set()
-        self.runner.abandon()
+        self.runner.kill_children()
         for pid in processes.marked(self._mark):
             processes.kill(pid)
         for point in processes.mounts_below(self._directory):
