@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,8 @@ _BYTES_MAX = 120_000_000
 
 _KILLED = 0.3
 """Share of commands that are disturbed."""
+
+_ESCAPED = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
 
 _Argument = str | os.PathLike[str]
 
@@ -59,7 +62,7 @@ def _parse_sum(line: bytes) -> tuple[bytes, str]:
     escaped = line.startswith(b"\\")
     digest, path = line.removeprefix(b"\\").split(b"  ", 1)
     if escaped:
-        path = path.replace(b"\\n", b"\n").replace(b"\\r", b"\r").replace(b"\\\\", b"\\")
+        path = re.sub(rb"\\(.)", lambda found: _ESCAPED[found[1]], path)
     return path, digest.decode()
 
 

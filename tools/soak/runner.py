@@ -28,6 +28,8 @@ _HANG_S = 300.0
 _STOPPED_S_MAX = 3.0
 """How long a stopped process stays so: far less than others wait for a lock."""
 
+_LAST_WORDS_S = 5.0
+
 _SIGNALS = (
     signal.SIGKILL,
     signal.SIGKILL,
@@ -120,16 +122,18 @@ class Child:
 class Runner:
     """Everything that threads of a soak share: children, the log, the counts, the end.
 
+    Attributes:
+        hang_s: How long a child may say nothing.
+
     Args:
         directory: Where the log and output of children go.
         library: The library.
         mark: What children are marked with.
-        hang_s: How long a child may say nothing.
     """
 
-    def __init__(self, directory: Path, library: Path, mark: str, hang_s: float = _HANG_S) -> None:
+    def __init__(self, directory: Path, library: Path, mark: str) -> None:
         self.library = library
-        self.hang_s = hang_s
+        self.hang_s = _HANG_S
         self.stopping = threading.Event()
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -217,7 +221,8 @@ class Runner:
         """What a hanging child waits for; ends it."""
         text = processes.describe(child.process.pid)
         child.process.send_signal(signal.SIGABRT)
-        time.sleep(2)
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(_LAST_WORDS_S)
         child.process.kill()
         return f"{text}\n{child.errors()}"
 
@@ -288,5 +293,9 @@ class Runner:
                 child.process.kill()
 
     def close(self) -> None:
-        """Close the log."""
+        """Kill what is left, and close the log; no other thread uses this any more."""
+        self.kill_children()
+        for child in list(self._children.values()):
+            child.process.wait()
+            self.end(child)
         self._log.close()
