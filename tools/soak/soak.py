@@ -122,7 +122,11 @@ class Soak:
             self._start(f"changer {number}", changer.run)
         for name in ("reorganizing", "reading"):
             keeper = Keeper(
-                self.runner, self._shelf, self._directory, self._random(f"keeper {name}")
+                self.runner,
+                self._shelf,
+                self._directory,
+                steady.point,
+                self._random(f"keeper {name}"),
             )
             self._start(f"keeper {name}", getattr(keeper, f"run_{name}"))
         for number in range(_STEADY_READERS):
