@@ -149,15 +149,15 @@ def gate(two, monkeypatch):
     """Lets one fragment be decoded, and the others once it is set."""
     library, _ = two
     opened, first = threading.Event(), threading.Event()
-    decode = library._decode_cold
+    decode = library._decoder.decode
 
-    def wait(number):
+    def wait(number, source):
         if first.is_set():
             assert opened.wait(60)
         first.set()
-        return decode(number)
+        return decode(number, source)
 
-    monkeypatch.setattr(library, "_decode_cold", wait)
+    monkeypatch.setattr(library._decoder, "decode", wait)
     yield opened
     opened.set()
 
@@ -178,12 +178,13 @@ def test_verify_passes_over_a_file_that_is_replaced_meanwhile(two, gate):
     library, sources = two
     results = library.verify("b", workers=1)
     first = next(results)
-    (sources["b"] / "model.safetensors").write_bytes(b"another")
+    (sources["b"] / "tokenizer" / "vocab.txt").write_bytes(b"another")
     library.add([sources["b"]], AddOptions(update=True))
     gate.set()
     rest = list(results)
     assert not [item.error for item in (first, *rest) if item.error]
-    assert b"model.safetensors" not in {item.path for item in (first, *rest)}
+    assert b"tokenizer/vocab.txt" not in {item.path for item in (first, *rest)}
+    assert b"model.safetensors" in {item.path for item in (first, *rest)}
 
 
 def test_verify_of_a_library_whose_models_go_before_they_are_listed(two, monkeypatch):
