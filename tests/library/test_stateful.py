@@ -145,6 +145,7 @@ class LibraryMachine(RuleBasedStateMachine):
             self.door.collect(grace_s=0, wait_s=0)
             for door in self.doors:
                 assert self.decoded(door) == sums(self.models)
+            assert self.door.check(data=True, workers=1).problems == ()
         finally:
             for door in self.doors:
                 door.close()
@@ -276,6 +277,10 @@ class LibraryMachine(RuleBasedStateMachine):
     @rule(crash=crashes, grace_s=st.sampled_from([0, None]))
     def collect(self, crash, grace_s):
         self.change(lambda door: door.collect(grace_s=grace_s, wait_s=0), self.models, crash)
+
+    @rule(repair=st.booleans())
+    def check(self, repair):
+        assert self.door.check(repair=repair, workers=1).problems == ()
 
     # --- other processes
 
