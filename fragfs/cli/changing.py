@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fragfs.cli.names import find_target
+from fragfs.cli.names import find_target, predicted_users
 from fragfs.cli.options import Session, example, json_option, pass_session, shared_options
 from fragfs.cli.tables import format_bytes, format_count
 from fragfs.cli.terminal import emit_json, json_name, say, show_name
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from fragfs.library.publish import RemoveReport
 
 __all__ = ["mv_command", "rm_command"]
-
-_LISTED_MAX = 5
 
 
 @click.command(
@@ -38,9 +36,9 @@ def rm_command(session: Session, targets: tuple[str, ...], as_json: bool) -> Non
     Nothing is asked. All arguments are looked up before anything is removed. Who has a removed
     file open in a mount can go on reading it.
 
-    The bytes stay in the packs until 'fragfs optimize' gives back what no model needs; adding the
-    same bytes before that finds them again. Pieces that other models are predicted from stay as
-    long as those models do.
+    The bytes stay in the packs until 'fragfs gc' gives back what no model needs; adding the same
+    bytes before that finds them again. Pieces that other models are predicted from stay as long as
+    those models do, or until 'fragfs optimize' has found other bases for them.
     """
     reports = []
     with session.open_library() as library:
@@ -69,19 +67,17 @@ def rm_command(session: Session, targets: tuple[str, ...], as_json: bool) -> Non
         ]
         emit_json({"removed": removed, "unreferenced_bytes": unreferenced})
     elif not session.quiet:
-        remedy = "; free them with: fragfs optimize" if unreferenced else ""
+        remedy = "; free them with: fragfs gc" if unreferenced else ""
         say(f"{format_bytes(unreferenced)} are needed by no model any more{remedy}")
 
 
 def _say_kept(report: RemoveReport) -> None:
     """Say what of the removed pieces stays, and for whom."""
-    if not report.kept_bytes:
-        return
-    names = [f"{show_name(name)} ({format_bytes(size)})" for name, size in report.kept_for]
-    if len(names) > _LISTED_MAX:
-        names[_LISTED_MAX:] = [f"{len(names) - _LISTED_MAX:,} more"]
-    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
-    say(f"  stays     {format_bytes(report.kept_bytes)} that others are predicted from: {listed}")
+    if report.kept_bytes:
+        say(
+            f"  stays     {format_bytes(report.kept_bytes)} that others are predicted from:"
+            f" {predicted_users(report.kept_for)}"
+        )
 
 
 def _plan_removal(

@@ -42,6 +42,7 @@ COMMANDS = {
     "verify": "fragfs.cli.checking",
     "rm": "fragfs.cli.changing",
     "mv": "fragfs.cli.changing",
+    "gc": "fragfs.cli.collecting",
     "optimize": "fragfs.cli.optimizing",
 }
 """Every command, in the order of `--help`, and the module that defines it under its own name."""

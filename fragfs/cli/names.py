@@ -1,18 +1,22 @@
-"""`MODEL[/FILE]` arguments."""
+"""`MODEL[/FILE]` arguments, and lists of models in messages."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fragfs.cli.tables import format_bytes
+from fragfs.cli.terminal import show_name
 from fragfs.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from fragfs.library.library import FragmentLibrary
 
-__all__ = ["Target", "find_target", "is_below", "parse_target"]
+__all__ = ["Target", "find_target", "is_below", "parse_target", "predicted_users"]
+
+_LISTED_MAX = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +80,16 @@ def find_target(library: FragmentLibrary, argument: str) -> Target:
 def is_below(path: bytes, directory: bytes) -> bool:
     """True if `path` is `directory` or lies in it; everything lies in b""."""
     return not directory or path == directory or path.startswith(directory + b"/")
+
+
+def predicted_users(users: Sequence[tuple[bytes, int]]) -> str:
+    """Whose predictions keep what is in no file any more, and how it goes.
+
+    Args:
+        users: Models, and the record bytes that each of them needs.
+    """
+    names = [f"{show_name(name)} ({format_bytes(size)})" for name, size in users]
+    if len(names) > _LISTED_MAX:
+        names[_LISTED_MAX:] = [f"{len(names) - _LISTED_MAX:,} more"]
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    return f"{listed}; it goes when they do, or when fragfs optimize finds other bases"

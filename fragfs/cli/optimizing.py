@@ -45,10 +45,10 @@ def optimize_command(
     that the order of adding hardly matters, and gives back the space of replaced records and of
     what no model needs any more.
 
-    Mounts may stay, and programs go on reading. What no model needs stays too while the library is
-    mounted or being added to; run this again afterwards. It can be interrupted at any moment; the
-    next run finds the rest. New records are written before old ones go, so it may need as much free
-    space as it rewrites.
+    Mounts may stay, and programs go on reading. What they have open of removed models stays, and
+    everything while something is being added; 'fragfs gc' frees it afterwards. It can be
+    interrupted at any moment; the next run finds the rest. New records are written before old ones
+    go, so it may need as much free space as it rewrites.
     """
     from fragfs.cli.progress import show_progress
 
@@ -56,8 +56,8 @@ def optimize_command(
         report = library.optimize(level, progress, workers)
     if report.leased_bytes:
         remark(
-            f"fragfs: warning: {format_bytes(report.leased_bytes)} that no model needs stay, for"
-            " the library is mounted, or something is being added; unmount it and run this again"
+            f"fragfs: warning: {format_bytes(report.leased_bytes)} that no model needs stay for"
+            " who has them open or is adding; see who with: fragfs gc --dry-run"
         )
     for pack, why in report.kept:
         remark(f"fragfs: warning: pack {pack} was left as it is: {why}")

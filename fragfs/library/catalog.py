@@ -158,6 +158,10 @@ _OFFSET_MAX = 1 << 48
 _ASKED_STEP = 8
 """Numbers asked for in one query are filled up to a multiple of this."""
 
+_FREE_PAGES_MIN = 64
+_FREE_SHARE_MIN = 0.2
+"""Unused pages are used again; fewer of them are not worth writing all others anew."""
+
 # Whose library it is does not matter: nothing in it is run.
 _FOREIGN_ENTRIES = (
     "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
@@ -401,6 +405,31 @@ class Catalog:
                 with suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
                 raise
+        finally:
+            connection.close()
+
+    def shrink(self) -> bool:
+        """Give the pages that nothing uses back to the disk, if they are many.
+
+        Under the writer lock. Readers go on: they see the old pages until their query ends.
+
+        Returns:
+            Whether it was worth it.
+
+        Raises:
+            StorageError: There is no room for the copy that this makes; nothing has changed.
+        """
+        connection = self._connect(writable=True)
+        try:
+            with _sqlite_errors(self.path):
+                (free_count,) = connection.execute("PRAGMA freelist_count").fetchone()
+                (page_count,) = connection.execute("PRAGMA page_count").fetchone()
+                if free_count < max(_FREE_PAGES_MIN, _FREE_SHARE_MIN * page_count):
+                    return False
+                connection.execute("VACUUM")
+                # The file itself gets shorter only here; a reader in the way leaves it to the next.
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                return True
         finally:
             connection.close()
 

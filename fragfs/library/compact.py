@@ -10,7 +10,7 @@ there: it looks the place up again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,18 +135,30 @@ class Compactor:
             self._files.size(self._directory / name) for name in self._files.names(self._directory)
         )
 
-    def _candidates(self) -> list[int]:
-        """Numbers of packs with enough in them that is no fragment that counts."""
-        live = self._live_bytes()
+    def estimate(self, live: Mapping[int, int]) -> int:
+        """About how much a run would free.
+
+        Args:
+            live: Bytes of records that would count then, by pack.
+        """
+        return sum(self._wasted(live).values())
+
+    def _wasted(self, live: Mapping[int, int]) -> dict[int, int]:
+        """Bytes that are no fragment that counts, of packs with enough of them."""
         there = set(self._files.names(self._directory))
-        found = []
+        found = {}
         for number, state in self._catalog.rows("SELECT number, state FROM packs"):
             name = pack_name(number)
             if state != PackState.RETIRED and name in there:
                 size = self._files.size(self._directory / name)
-                if _pays(size - live.get(number, 0), size):
-                    found.append(number)
+                waste = size - live.get(number, 0)
+                if _pays(waste, size):
+                    found[number] = waste
         return found
+
+    def _candidates(self) -> list[int]:
+        """Numbers of packs with enough in them that is no fragment that counts."""
+        return list(self._wasted(self._live_bytes()))
 
     def _live_bytes(self) -> dict[int, int]:
         """Bytes of records that count, by pack."""

@@ -55,7 +55,8 @@ def create_library(files: Files, directory: Path, config: LibraryConfig, now_ns:
     temporary = staging / f"{CATALOG_NAME}.{os.getpid()}"
     files.unlink(temporary)
     create_catalog(temporary, uuid_module.uuid4().bytes, config, now_ns)
-    # A library exists once its catalog has its name: all else is there by then.
+    # A library exists once its catalog has its name: all else is there by then, and durable.
+    files.sync_directory(directory)
     files.rename(temporary, directory / CATALOG_NAME)
     files.sync_directory(directory)
     files.sync_directory(directory.parent)

@@ -31,6 +31,7 @@ from fragfs.library.planning import BasePlanner, Hints, Planned
 from fragfs.library.progress import Progress
 from fragfs.library.publish import NewContent
 from fragfs.library.source import SourceFile, check_unchanged, read_source
+from fragfs.library.unpublished import note_unpublished
 from fragfs.library.writer import Batch, Replacement
 from fragfs.types import Dtype, FragmentId, FragmentMetadata, LibraryConfig
 
@@ -114,6 +115,7 @@ class Ingester:
         start_batch: Takes the writer lock and begins a batch.
         workers: Threads that hash and encode.
         progress: Told about bytes read.
+        now_ns: The clock.
     """
 
     def __init__(
@@ -124,8 +126,10 @@ class Ingester:
         start_batch: Callable[[], AbstractContextManager[Batch]],
         workers: int,
         progress: Progress,
+        now_ns: Callable[[], int],
     ) -> None:
         self._config = config
+        self._now_ns = now_ns
         self._catalog = catalog
         self._decoder = decoder
         self._planner = BasePlanner(catalog, decoder, config, config.level)
@@ -168,7 +172,8 @@ class Ingester:
     def commit(self) -> None:
         """Commit what was appended and let other writers have their turn."""
         if self._batch is not None:
-            self._batch.commit()
+            # No model names them yet: what tells them from what is left of removed models.
+            self._batch.commit(note_unpublished(self._batch.new_numbers, self._now_ns()))
             self._batch = None
             self._batch_scope.close()
             self._planner.forget_pending()

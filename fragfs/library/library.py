@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from fragfs.library.catalog import (
 )
 from fragfs.library.extents import ExtentMap, OpenContent, check_seal
 from fragfs.library.files import Files, OsFiles
-from fragfs.library.lease import hold_lease
+from fragfs.library.lease import Lease, as_ranges, hold_lease, leased
 from fragfs.library.names import as_name, join, printable
 from fragfs.library.packs import PackReader
 from fragfs.library.progress import NO_PROGRESS, Progress
@@ -51,6 +51,7 @@ from fragfs.types import (
 
 if TYPE_CHECKING:
     from fragfs.library.add import AddOptions, AddReport
+    from fragfs.library.collect import Collector, GcReport
     from fragfs.library.decode import DecodedSource, FragmentDecoder
     from fragfs.library.estimate import EstimateReport
     from fragfs.library.explain import Explanation
@@ -266,7 +267,8 @@ class FragmentLibrary:
         from fragfs.library.estimate import Estimator
 
         estimator = Estimator(self.path, self.config, self._catalog, self._decoder, progress)
-        return estimator.run(paths, options)
+        with hold_lease(self.path, "estimate"):
+            return estimator.run(paths, options)
 
     def data_version(self) -> int:
         """A number that changes when any process has changed the library.
@@ -314,8 +316,14 @@ class FragmentLibrary:
             )
         return OpenContent(number, size, mtime_ns, sha256, stored_bytes, extents)
 
+    def has_content(self, content: int) -> bool:
+        """Whether a file content is in the catalog (still)."""
+        return self._catalog.row("SELECT 1 FROM contents WHERE number = ?", (content,)) is not None
+
     def open_file(self, name: str | bytes, path: str | bytes) -> BinaryIO:
         """A file of a model as a read-only, seekable Python file, decoded while it is read.
+
+        It stays readable to the end, whatever is removed meanwhile; close it when you are done.
 
         Raises:
             NotFoundError: No such model or file.
@@ -331,8 +339,12 @@ class FragmentLibrary:
                 f"{printable(model)} has no file {printable(inside)}",
                 remedy=f"see its files with: fragfs ls {printable(model)}",
             )
-        stream = ContentStream(self.open_content(node.content), self._decode_cold)
-        return io.BufferedReader(stream, 1 << 20)
+        with ExitStack() as scope:
+            lease = scope.enter_context(hold_lease(self.path, "program reading a file"))
+            content = self.open_content(node.content)
+            lease.pin(as_ranges(content.extents.fragments))
+            stream = ContentStream(content, self._decode_cold, scope.pop_all().close)
+            return io.BufferedReader(stream, 1 << 20)
 
     def models_of_content(self, content: int) -> list[bytes]:
         """Names of the models that show a content."""
@@ -419,7 +431,7 @@ class FragmentLibrary:
         before = self._catalog.generation()
         try:
             # Fragments are stored before a model names them: nobody shall drop them meanwhile.
-            with hold_lease(self.path):
+            with hold_lease(self.path, "add"):
                 return adder.run(paths, options)
         finally:
             if self._catalog.generation() != before:
@@ -436,7 +448,13 @@ class FragmentLibrary:
         from fragfs.library.ingest import Ingester
 
         return Ingester(
-            self.config, self._catalog, self._decoder, self._start_batch, workers, progress
+            self.config,
+            self._catalog,
+            self._decoder,
+            self._start_batch,
+            workers,
+            progress,
+            self._now_ns,
         )
 
     def _read_back(self, name: bytes) -> None:
@@ -506,19 +524,55 @@ class FragmentLibrary:
         """
         from fragfs.library.reorganize import Reorganizer
 
-        return Reorganizer(
-            self._files,
-            self.path,
-            self._catalog,
-            self._packs,
-            self._decoder,
-            self._writer,
-        ).optimize(
+        return Reorganizer(self._catalog, self._decoder, self._writer, self._collector()).optimize(
             level,
             self._readable_layers(),
             workers or _cores(),
             progress,
         )
+
+    def collect(
+        self,
+        *,
+        grace_s: float | None = None,
+        wait_s: float | None = None,
+        dry_run: bool = False,
+    ) -> GcReport:
+        """Drop the fragments that nothing needs, and give their space back.
+
+        Mounts and readers may stay: what they have open stays readable to the last byte.
+
+        Args:
+            grace_s: What an add stored and no model names stays for so long after it was stored,
+                so that a killed add can be resumed; a day by default.
+            wait_s: How long mounts may take to say what they still need of what was removed; what
+                is not said in time is kept. A few seconds by default.
+            dry_run: Only say what would be dropped.
+
+        Raises:
+            StorageError: Something cannot be read or written.
+        """
+        from fragfs.library.collect import GRACE_S, WAIT_S
+
+        return self._collector().run(
+            grace_s=GRACE_S if grace_s is None else grace_s,
+            wait_s=WAIT_S if wait_s is None else wait_s,
+            dry_run=dry_run,
+        )
+
+    def _collector(self) -> Collector:
+        from fragfs.library.collect import Collector
+        from fragfs.library.compact import Compactor
+
+        compactor = Compactor(
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._writer.batch,
+            self._writer.publish_snapshot,
+        )
+        return Collector(self.path, self._catalog, self._writer, compactor, self._now_ns)
 
     def _readable_layers(self) -> Iterator[LayerMapping]:
         """The named tensors of every model that can be read."""
@@ -528,9 +582,17 @@ class FragmentLibrary:
             except FragmentError:
                 continue  # damaged, or removed meanwhile: `verify` tells
 
-    def hold_lease(self) -> AbstractContextManager[None]:
-        """Keep what is open readable, whatever is removed: for as long as the context lasts."""
-        return hold_lease(self.path)
+    def hold_lease(self, what: str = "reader") -> AbstractContextManager[Lease]:
+        """Keep everything readable, whatever is removed, for as long as the context lasts.
+
+        Args:
+            what: What the holder is, for messages. It may say on the lease that it needs less.
+        """
+        return hold_lease(self.path, what)
+
+    def generation(self) -> int:
+        """The number of the change committed last."""
+        return self._catalog.generation()[0]
 
     # --- whole models
 
@@ -540,14 +602,24 @@ class FragmentLibrary:
         progress: Progress = NO_PROGRESS,
         workers: int | None = None,
     ) -> Iterator[VerifiedFile]:
-        """Decode every file of a model (or of all) and compare it with its recorded SHA-256."""
+        """Decode every file of a model (or of all) and compare it with its recorded SHA-256.
+
+        What is removed meanwhile is passed over.
+
+        Raises:
+            NotFoundError: No such model.
+        """
         from fragfs.library.readback import verify_files
 
         models = [self.model(name)] if name is not None else self.models()
-        files = [(model.name, entry) for model in models for entry in self.files(model.name)]
-        return verify_files(
+        files: list[tuple[bytes, FileEntry]] = []
+        for model in models:
+            with suppress(NotFoundError):
+                files += [(model.name, entry) for entry in self.files(model.name)]
+        verified = verify_files(
             files, self.open_content, self._decode_cold, workers or _cores(), progress
         )
+        return leased(self.path, "verify", verified)
 
     def export(
         self,
@@ -568,15 +640,21 @@ class FragmentLibrary:
         files = self.files(name)
         draft = load_draft(self._catalog, as_name(name))
         directories: list[DraftDirectory] = list(draft.directories.values())
-        return export_files(
-            files,
-            [(d.path, d.mode, d.mtime_ns) for d in directories],
-            destination,
-            self.open_content,
-            self._decode_cold,
-            workers or _cores(),
-            progress,
-        )
+        with hold_lease(self.path, "export") as lease:
+            pinned: dict[int, OpenContent] = {}
+            for number in {file.content for file in files}:
+                with suppress(FragmentError):  # `export_files` asks for it again, and tells
+                    pinned[number] = self.open_content(number)
+            lease.pin(as_ranges(f for one in pinned.values() for f in one.extents.fragments))
+            return export_files(
+                files,
+                [(d.path, d.mode, d.mtime_ns) for d in directories],
+                destination,
+                lambda number: pinned.get(number) or self.open_content(number),
+                self._decode_cold,
+                workers or _cores(),
+                progress,
+            )
 
 
 _MODELS = """

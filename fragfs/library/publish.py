@@ -21,6 +21,7 @@ from fragfs.library.manifests import (
 )
 from fragfs.library.names import join, parents, printable, split
 from fragfs.library.records import RecordKind
+from fragfs.library.unpublished import settle_published
 from fragfs.library.writer import Batch
 from fragfs.types import SHARED_INODE_BYTES_MIN, FragmentId
 
@@ -183,8 +184,12 @@ def publish_model(batch: Batch, catalog: Catalog, draft: ModelDraft, now_ns: int
     manifest = _manifest(draft, numbered)
     batch.append_plain(RecordKind.MANIFEST, pack_manifest(manifest))
 
+    new = [file.content for file in draft.files.values() if isinstance(file.content, NewContent)]
+    published = {number for content in new for number in content.extents.fragments}
+
     def apply(connection: sqlite3.Connection) -> None:
         _write_model(connection, draft, manifest, numbered, now_ns)
+        settle_published(connection, published)
 
     batch.commit(apply)
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from fragfs.errors import FormatError, FragmentError, IntegrityError, UsageError
+from fragfs.errors import FormatError, FragmentError, IntegrityError, NotFoundError, UsageError
 from fragfs.library.extents import OpenContent
 from fragfs.library.files import storage_error
 from fragfs.library.names import as_name, printable
@@ -111,6 +111,8 @@ def verify_files(
 ) -> Iterator[VerifiedFile]:
     """Decode every file and compare its SHA-256; each distinct content is read once.
 
+    Files that are removed or replaced meanwhile are passed over.
+
     Args:
         files: (model name, file) pairs; results come in this order.
         open_content: Gives a content by number.
@@ -126,7 +128,17 @@ def verify_files(
             if file.content not in known:
                 progress.note(printable(model + b"/" + file.path))
                 known[file.content] = _problem(file, open_content, decode, pool, progress)
+            if known[file.content] is not None and _is_gone(file.content, open_content):
+                continue
             yield VerifiedFile(model, file.path, file.size, file.sha256, known[file.content])
+
+
+def _is_gone(content: int, open_content: OpenContentFunction) -> bool:
+    try:
+        open_content(content)
+    except NotFoundError:
+        return True
+    return False
 
 
 def _problem(

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
+from fragfs.errors import StorageError
 from fragfs.library.catalog import Catalog
-from fragfs.library.compact import Compactor
+from fragfs.library.collect import Collector
 from fragfs.library.decode import FragmentDecoder
-from fragfs.library.files import Files
 from fragfs.library.hints import quantized_rows
-from fragfs.library.lease import no_leases
 from fragfs.library.optimize import Optimizer, OptimizeReport
-from fragfs.library.packs import PackReader
 from fragfs.library.progress import Progress
 from fragfs.library.publish import refresh_stored_bytes
-from fragfs.library.stats import unneeded_fragments, unreferenced_bytes
 from fragfs.library.writer import LibraryWriter
 from fragfs.types import LayerMapping, Level
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Reorganizer"]
 
@@ -27,30 +26,23 @@ class Reorganizer:
     """Changes how a library stores what it holds, and nothing of what it holds.
 
     Args:
-        files: How to read and unlink.
-        directory: The library's directory.
         catalog: Its catalog.
-        packs: Reads its packs.
         decoder: Decodes its fragments.
-        writer: Begins batches, and brings the copy for readers without write access up to date.
+        writer: Begins batches.
+        collector: Forgets what nothing needs and gives the space back.
     """
 
     def __init__(
         self,
-        files: Files,
-        directory: Path,
         catalog: Catalog,
-        packs: PackReader,
         decoder: FragmentDecoder,
         writer: LibraryWriter,
+        collector: Collector,
     ) -> None:
-        self._directory = directory
         self._catalog = catalog
         self._decoder = decoder
         self._writer = writer
-        self._compactor = Compactor(
-            files, directory, catalog, packs, writer.batch, writer.publish_snapshot
-        )
+        self._collector = collector
 
     def optimize(
         self,
@@ -67,7 +59,7 @@ class Reorganizer:
             workers: Threads that plan.
             progress: Told about bytes of fragments planned.
         """
-        before = self._compactor.pack_bytes()
+        before = self._collector.pack_bytes()
         config = self._writer.config
         report = Optimizer(
             self._catalog,
@@ -82,26 +74,17 @@ class Reorganizer:
         if report.changed_count:
             with self._writer.batch() as batch:
                 refresh_stored_bytes(batch, self._catalog)
-        leased_bytes = self._drop_unneeded()
-        kept = self._compactor.run()
-        freed_bytes = before - self._compactor.pack_bytes()
+            # Who reads the copy sees a change, and says what it needs, once the copy has it.
+            try:
+                self._writer.publish_snapshot()
+            except StorageError as error:
+                log.warning("other users see an older state of the library for now: %s", error)
+        collected = self._collector.run()
         row = self._catalog.row("SELECT coalesce(sum(record_size), 0) FROM fragments")
         return replace(
             report,
             after_bytes=int(row[0]) if row else 0,
-            freed_bytes=freed_bytes,
-            kept=kept,
-            leased_bytes=leased_bytes,
+            freed_bytes=before - self._collector.pack_bytes(),
+            kept=collected.kept_packs,
+            leased_bytes=collected.leased_bytes,
         )
-
-    def _drop_unneeded(self) -> int:
-        """Drop what no model needs; gives the record bytes that must stay for now instead."""
-        with no_leases(self._directory) as alone:
-            if not alone:
-                return unreferenced_bytes(self._catalog)
-            with self._writer.batch() as batch:
-                unneeded = unneeded_fragments(self._catalog).tolist()
-                if unneeded:
-                    batch.drop_fragments(unneeded)
-                    batch.commit()
-        return 0

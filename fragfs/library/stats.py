@@ -28,10 +28,11 @@ __all__ = [
     "Owners",
     "RemovedFragments",
     "fragments_of",
+    "kept_as_bases",
     "library_stats",
     "models_by_age",
+    "named_fragments",
     "predicted_by_owner",
-    "unreferenced_bytes",
 ]
 
 Numbers = NDArray[np.int64]
@@ -291,26 +292,33 @@ def _saved_bytes(table: FragmentTable, own: Numbers) -> dict[str, int]:
     return saved
 
 
-def unreferenced_bytes(catalog: Catalog) -> int:
-    """Record bytes that no model needs, neither in its files nor to decode them."""
-    table = FragmentTable(catalog)
-    return int(table.record[unneeded_fragments(catalog, table)].sum())
-
-
-def unneeded_fragments(catalog: Catalog, table: FragmentTable | None = None) -> Numbers:
-    """The fragments that no model needs, neither in its files nor to decode them."""
-    table = table or FragmentTable(catalog)
-    needed = np.zeros(table.size, np.bool_)
-    needed[table.closure(named_fragments(catalog, table.size))] = True
-    return np.flatnonzero(~needed & (table.record > 0))
-
-
 def named_fragments(catalog: Catalog, size: int) -> Numbers:
     """The fragments that files of models are made of, bases not included; below number `size`."""
     named = np.zeros(size, np.bool_)
     for model in models_by_age(catalog, size):
         named[model.own] = True
     return np.flatnonzero(named)
+
+
+def kept_as_bases(catalog: Catalog) -> tuple[int, list[tuple[bytes, int]]]:
+    """What is in no file and is needed because others are predicted from it.
+
+    Returns:
+        (its record bytes, the models those others are in with the record bytes that each needs,
+        most first).
+    """
+    table = FragmentTable(catalog)
+    in_files = np.zeros(table.size, np.bool_)
+    in_files[named_fragments(catalog, table.size)] = True
+    kept = np.zeros(table.size, np.bool_)
+    users = []
+    for model in models_by_age(catalog, table.size):
+        below = table.closure(model.own)
+        below = below[~in_files[below]]
+        kept[below] = True
+        users.append((model.name, table.stored(below)))
+    users.sort(key=lambda item: -item[1])
+    return int(table.record[kept].sum()), [(name, size) for name, size in users if size]
 
 
 class RemovedFragments:

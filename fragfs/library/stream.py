@@ -24,14 +24,27 @@ class ContentStream(io.RawIOBase):
     Args:
         content: The file.
         decode: Decodes a fragment by number; its errors leave `read` as they are.
+        let_go: Called once when it is closed.
     """
 
-    def __init__(self, content: OpenContent, decode: Callable[[int], memoryview]) -> None:
+    def __init__(
+        self,
+        content: OpenContent,
+        decode: Callable[[int], memoryview],
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
+        self._let_go = let_go
         self._content = content
         self._decode = decode
         self._position = 0
         self._last: tuple[int, memoryview] | None = None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if not self.closed:
+            self._let_go()
+        super().close()
 
     def readable(self) -> bool:
         """True."""

@@ -97,6 +97,11 @@ class Batch:
         return len(self._pending)
 
     @property
+    def new_numbers(self) -> range:
+        """The numbers of those fragments."""
+        return range(self._next_fragment - len(self._pending), self._next_fragment)
+
+    @property
     def is_full(self) -> bool:
         """True once the pack has reached its largest size and the batch should be committed."""
         return self._pack is not None and self._pack.size >= self._writer.config.pack_bytes_max
@@ -340,6 +345,7 @@ class Batch:
             ("bases", "fragment"),
             ("signatures", "fragment"),
             ("similar", "fragment"),
+            ("quarantine", "fragment"),
         ):
             connection.execute(
                 f"DELETE FROM {table} WHERE {column} IN (SELECT number FROM dropped)"
@@ -561,6 +567,15 @@ class LibraryWriter:
         for name in self._files.names(staging):
             if name != _INTENT_NAME:
                 self._files.unlink(staging / name)
+
+    def shrink_catalog(self) -> None:
+        """Give unused space of the catalog back, if it is much.
+
+        Raises:
+            StorageError: There is no room for it, or another writer kept the lock.
+        """
+        with self._locked():
+            self.catalog.shrink()
 
     def publish_snapshot(self) -> None:
         """Replace the catalog's copy, for readers that may not open the catalog itself.

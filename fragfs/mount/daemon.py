@@ -23,12 +23,14 @@ import pyfuse3
 import trio
 
 from fragfs.errors import FormatError, FragmentError, StorageError
+from fragfs.library.lease import Lease
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.tree import Directory
 from fragfs.mount.inodes import InodeTable, KnownDirectory
 from fragfs.mount.logs import logging_to
 from fragfs.mount.operations import MountOperations, Ownership
 from fragfs.mount.options import MountOptions
+from fragfs.mount.pins import MountLease
 from fragfs.mount.reading import MountReading
 from fragfs.mount.table import SOURCE_NAME, MountEntry, find_mount, is_mounted
 from fragfs.mount.unmount import detach
@@ -79,11 +81,11 @@ def run(
     with (
         logging_to(options, foreground=foreground),
         open_library(options.library) as library,
-        library.hold_lease(),
+        library.hold_lease(f"mount on {options.mountpoint}") as lease,
     ):
         for name in options.models:
             library.model(name)
-        daemon = _Daemon(options, library, is_alone=foreground)
+        daemon = _Daemon(options, library, lease, is_alone=foreground)
         try:
             trio.run(daemon.serve, on_ready)
         except BaseExceptionGroup as group:
@@ -100,7 +102,10 @@ def run(
 class _Daemon:
     """The tasks of one mount. Everything but the watcher's thread runs in the event loop."""
 
-    def __init__(self, options: MountOptions, library: FragmentLibrary, *, is_alone: bool) -> None:
+    def __init__(
+        self, options: MountOptions, library: FragmentLibrary, lease: Lease, *, is_alone: bool
+    ) -> None:
+        self._lease = lease
         self._is_alone = is_alone
         self._options = options
         self._library = library
@@ -135,7 +140,7 @@ class _Daemon:
             try:
                 reading.start(entry)
                 helpers.start_soon(self._obey_signals, signals, operations, entry)
-                helpers.start_soon(self._watch)
+                helpers.start_soon(self._watch, operations)
                 if self._is_alone and self._options.read_ahead_kb is not None:
                     helpers.start_soon(_raise_read_ahead, entry, self._options.read_ahead_kb)
                 log.info("mounted %s on %s", self._options.library, entry.mountpoint)
@@ -201,13 +206,20 @@ class _Daemon:
 
     # --- changes of the catalog
 
-    async def _watch(self) -> None:
+    async def _watch(self, operations: MountOperations) -> None:
+        lease = MountLease(
+            self._lease,
+            self._library.generation,
+            lambda: trio.from_thread.run_sync(operations.open_contents),
+            self._library.has_content,
+        )
         watcher = CatalogWatcher(
             self._tree,
             self._library.data_version,
             lambda: trio.from_thread.run_sync(self._copy_known),
             lambda names: trio.from_thread.run_sync(self._drop_names, names),
             _Kernel(),
+            lease,
         )
         try:
             # Never abandoned: a thread that outlived the session would notify freed memory.

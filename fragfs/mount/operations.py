@@ -114,11 +114,17 @@ class MountOperations(pyfuse3.Operations):
         inodes = (self._inodes.get(number) for number in self._contents)
         return sorted(inode.path for inode in inodes if inode is not None)
 
+    def open_contents(self) -> list[OpenContent]:
+        """The contents that are open now."""
+        return [self._contents[number] for number in self._contents]
+
     # --- names and attributes
 
     @answering
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name; a missing one is never cached, so that it may appear at any time."""
+        if len(name) > _NAME_BYTES_MAX:  # the kernel's own limit for FUSE is higher
+            raise FUSEError(errno.ENAMETOOLONG)
         directory = self._directory(parent)
         node = self._tree.lookup(join_path(directory.path, name))
         if node is None:

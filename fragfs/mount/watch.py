@@ -1,5 +1,8 @@
 """Notices changes of the catalog and takes back what the kernel was told that is no longer true.
 
+The mount's lease is moved first: garbage collection waits for it, and what stops the rest must not
+stop that.
+
 Runs in a thread of its own, with its own connection to the catalog: telling the kernel to forget a
 name waits for requests on that name, so it must never happen in a request handler nor under a lock
 that a handler needs.
@@ -26,7 +29,14 @@ from fragfs.library.tree import Directory, File, TreeNode
 from fragfs.mount.inodes import DIRECTORY_INODE_MIN, KnownDirectory
 from fragfs.mount.view import Tree
 
-__all__ = ["CatalogWatcher", "KernelCaches", "StaleName", "Staleness", "plan_invalidation"]
+__all__ = [
+    "CatalogWatcher",
+    "KernelCaches",
+    "LeaseKeeper",
+    "StaleName",
+    "Staleness",
+    "plan_invalidation",
+]
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +97,16 @@ def plan_invalidation(known: Sequence[KnownDirectory], tree: Tree) -> Staleness:
     return Staleness(tuple(names), tuple(directories))
 
 
+class LeaseKeeper(Protocol):
+    """What tells garbage collection what the mount still needs; called in the watching thread."""
+
+    def move(self) -> None:
+        """Say what is needed now that the catalog has changed."""
+
+    def let_go(self) -> None:
+        """Say less where something that is gone was closed."""
+
+
 class CatalogWatcher:
     """The thread's work.
 
@@ -97,6 +117,7 @@ class CatalogWatcher:
         copy_known: Copies what the kernel knows, in the event loop.
         drop_names: Stops recording names, in the event loop.
         kernel: Where stale names are made forgotten.
+        lease: Keeps what is open readable.
         interval_s: Seconds between looks at the catalog.
     """
 
@@ -107,6 +128,7 @@ class CatalogWatcher:
         copy_known: Callable[[], list[KnownDirectory]],
         drop_names: Callable[[Sequence[StaleName]], None],
         kernel: KernelCaches,
+        lease: LeaseKeeper,
         *,
         interval_s: float = 0.25,
     ) -> None:
@@ -115,6 +137,7 @@ class CatalogWatcher:
         self._copy_known = copy_known
         self._drop_names = drop_names
         self._kernel = kernel
+        self._lease = lease
         self._interval_s = interval_s
         # None: the first look always compares, so nothing committed before it is missed.
         self._version: int | None = None
@@ -137,7 +160,9 @@ class CatalogWatcher:
         """Look once; None if nothing was committed since the last look."""
         version = self._data_version()
         if version == self._version:
+            self._lease.let_go()
             return None
+        self._lease.move()
         stale = plan_invalidation(self._copy_known(), self._tree)
         # Dropped first: a name looked up again in between is recorded anew and stays recorded.
         if stale.names:

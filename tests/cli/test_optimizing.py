@@ -106,7 +106,7 @@ def test_what_a_lease_keeps_is_a_warning(filled):
     assert result.status == 0
     assert result.json["leased_bytes"] > 100_000
     assert "warning" in result.stderr
-    assert "unmount it and run this again" in result.stderr
+    assert "see who with: fragfs gc --dry-run" in result.stderr
     assert filled("optimize", "--json").json["leased_bytes"] == 0
 
 

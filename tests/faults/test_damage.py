@@ -68,7 +68,8 @@ def snapshot(path: Path) -> dict[str, bytes | None]:
     return {
         str(file.relative_to(path)): file.read_bytes() if file.is_file() else None
         for file in sorted(path.rglob("*"))
-        if not file.name.startswith(CATALOG)
+        # Readers hold leases, and make what is missing for it.
+        if not file.name.startswith(CATALOG) and file.parent.name != "leases"
     }
 
 

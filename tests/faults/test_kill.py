@@ -1,99 +1,175 @@
-"""kill -9 of a real `add` at random moments."""
+"""kill -9 of real commands at random moments, and who holds the lock."""
 
 from __future__ import annotations
 
-import os
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from fragfs.library.add import AddOptions
+from fragfs.errors import StorageError
+from fragfs.library.catalog import SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.lock import writer_lock
-from fragfs.types import LibraryConfig
-from tests.models import digests, make_model
+from tests.faults.support import (
+    Shown,
+    check_bytes,
+    check_records,
+    check_snapshot,
+    make_libraries,
+    models_of,
+    renamed,
+    same,
+    shown,
+    with_new,
+    without,
+)
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from fragfs.library import ingest
-from fragfs.library.add import AddOptions
-from fragfs.library.library import FragmentLibrary
-ingest._BATCH_S = 0.02  # many batches in a short life
-library = FragmentLibrary.open(sys.argv[1])
-print("ready", flush=True)
-library.add([Path(sys.argv[2])], AddOptions(name=sys.argv[3].encode()))
-print("done", flush=True)
-"""
-
-CONFIG = LibraryConfig(fragment_elements=1 << 12, pack_bytes_max=1 << 20)
+KILLS = 20
+SEED = 7
 
 
-def run_add(library: Path, source: Path, name: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(library), str(source), name],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command line, and what the library may show: interrupted, and last, when it is done."""
+
+    arguments: tuple[str, ...]
+    after: Callable[[Shown, Path], Sequence[Shown]]
+    prepared: str = "family"
+
+
+COMMANDS = {
+    "add": Command(("add", "{sources}/new", "{sources}/other", "--workers", "1"), with_new),
+    "rm": Command(("rm", "base"), without("base")),
+    "mv": Command(("mv", "tuned", "org/tuned"), renamed),
+    "gc": Command(("gc", "--grace", "0"), same),
+    "optimize": Command(("optimize", "--workers", "1"), same),
+    "optimize --level": Command(("optimize", "--workers", "1", "--level", "fast"), same),
+    "migrate 1": Command(("ls",), same, "format1"),
+    "migrate 2": Command(("ls",), same, "format2"),
+}
+
+
+class Forker:
+    """Runs commands through `forker.py`."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def run(
+        self, library: Path, arguments: Sequence[str], kill_after_s: float | None = None
+    ) -> int:
+        """Run a command; gives its exit status, or less the signal that ended it."""
+        assert self.process.stdin is not None
+        request = [["--library", str(library), *arguments], kill_after_s]
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def forker():
+    made = Forker()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def place(memory_path) -> Path:
+    place = memory_path / "prepared"
+    place.mkdir()
+    make_libraries(place)
+    return place
 
 
 @pytest.mark.slow
-def test_killing_an_add_at_fifty_random_moments(tmp_path):
-    path = tmp_path / "lib"
-    with FragmentLibrary.create(path, CONFIG) as library:
-        library.add([make_model(tmp_path / "old", seed=1)], AddOptions())
-    # How long an undisturbed add takes on this machine sets the range of moments.
-    probe = make_model(tmp_path / "probe", seed=99)
-    process = run_add(path, probe, "probe")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    started = time.monotonic()
-    assert process.stdout.readline() == "done\n"
-    duration_s = time.monotonic() - started
-    process.wait()
-    process.stdout.close()
-    random_moments = random.Random(7)
-    whole = killed = reused = 0
-    for attempt in range(50):
-        source = make_model(tmp_path / f"new{attempt}", seed=100 + attempt)
-        name = f"org/new{attempt}"
-        process = run_add(path, source, name)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(random_moments.random() * duration_s * 1.2)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        process.stdout.close()
-        started = time.monotonic()
-        with writer_lock(path, timeout_s=1.0):
-            assert time.monotonic() - started < 1.0
-        with FragmentLibrary.open(path) as library:
-            names = [model.name for model in library.models()]
-            assert b"old" in names
-            if os.fsencode(name) in names:
-                whole += 1
-            else:
-                report = library.add([source], AddOptions(name=os.fsencode(name)))
-                reused += report.reused_bytes > 0
-            shown = {os.fsdecode(e.path): e.sha256.hex() for e in library.files(name)}
-            assert shown == digests(source)
-            assert not [item for item in library.verify(name) if item.error]
-            assert not [item for item in library.verify("old") if item.error]
-            library.remove(name)
-    assert killed >= 25, "most attempts must be killed before they are done"
-    assert reused >= 5, "batches committed before the kill must be found again"
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killing_a_command_loses_nothing(name, forker, place, scratch):
+    command = COMMANDS[name]
+    arguments = [text.format(sources=place / "sources") for text in command.arguments]
+    prepared = place / command.prepared / "lib"
+    before = shown(prepared, scratch / "before")
+    allowed = [before, *command.after(before, place / "sources")]
+    durations_s = []
+    for attempt in range(3):
+        path = scratch / f"probe{attempt}"
+        shutil.copytree(prepared, path)
+        started_s = time.monotonic()
+        assert forker.run(path, arguments) == 0
+        durations_s.append(time.monotonic() - started_s)
+    moments = random.Random(f"{SEED} {name}")
+    print(f"{name}: seed {SEED}, moments in {min(durations_s):.3f} s")
+    killed = interrupted = attempts = 0
+    while killed < KILLS:
+        attempts += 1
+        assert attempts <= 10 * KILLS, "it ends before it can be killed"
+        path = scratch / "killed"
+        shutil.copytree(prepared, path)
+        status = forker.run(path, arguments, moments.random() * min(durations_s))
+        assert status in (0, -signal.SIGKILL)
+        if status:
+            killed += 1
+            interrupted += check_after_kill(path, arguments, allowed, forker)
+        shutil.rmtree(path)
+    assert interrupted, "none was killed before its commit"
+
+
+def check_after_kill(
+    path: Path, arguments: Sequence[str], allowed: Sequence[Shown], forker: Forker
+) -> bool:
+    """Whether there was something left to do; the command has done it now."""
+    with writer_lock(path, timeout_s=1.0):
+        pass  # the kernel has freed it
+    found = check(path, allowed)
+    if found == allowed[-1] != allowed[0]:
+        return False
+    again(path, arguments, found, forker)
+    assert check(path, allowed) == allowed[-1]
+    return True
+
+
+def check(path: Path, allowed: Sequence[Shown]) -> Shown:
+    """Gives what the library shows, which is whole."""
     with FragmentLibrary.open(path) as library:
-        assert not [item for item in library.verify() if item.error]
+        found = models_of(library)
+        assert found in allowed
+        check_bytes(library)
+        check_records(library)
+    check_snapshot(path / SNAPSHOT_NAME)
+    return found
+
+
+def again(path: Path, arguments: Sequence[str], found: Shown, forker: Forker) -> None:
+    if "new" in found:
+        # Two models were to be added, and the first one was.
+        assert forker.run(path, ["rm", "new"]) == 0
+    assert forker.run(path, arguments) == 0, (
+        "the interrupted command does not succeed the second time"
+    )
 
 
 def test_a_second_writer_is_told_who_holds_the_lock(tmp_path):
-    from fragfs.errors import StorageError
-
     path = tmp_path / "lib"
     FragmentLibrary.create(path).close()
     holder = subprocess.Popen(

@@ -27,6 +27,17 @@ class RecordingKernel:
             raise OSError(self.error, "refused")
 
 
+class RecordingLease:
+    def __init__(self):
+        self.said = []
+
+    def move(self):
+        self.said.append("move")
+
+    def let_go(self):
+        self.said.append("let_go")
+
+
 class Mounted:
     """A library, and a table in which everything has been looked up once."""
 
@@ -36,6 +47,7 @@ class Mounted:
         self.library.add(b"org/m", b"b", b"bbbb")
         self.table = InodeTable(self.library.lookup(b""))
         self.kernel = RecordingKernel()
+        self.lease = RecordingLease()
         self.numbers = {}
         self.look_up(self.table.get(ROOT_INODE))
 
@@ -57,6 +69,7 @@ class Mounted:
             self.table.known_directories,
             drop,
             self.kernel,
+            self.lease,
             interval_s=0.001,
         )
 

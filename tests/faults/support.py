@@ -1,0 +1,150 @@
+"""A library to interrupt commands on, what it may show afterwards, and whether it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fragfs.library.catalog import CATALOG_NAME
+from fragfs.library.library import FragmentLibrary
+from fragfs.types import LibraryConfig
+from tests.library.test_bases import (
+    add,
+    check_closures,
+    quantized,
+    tuned,
+    write_model,
+)
+from tests.library.test_compact import check_rebuildable
+from tests.models import digests
+
+CONFIG = LibraryConfig(fragment_elements=1 << 12, pack_bytes_max=1 << 20)
+GOLDEN = Path(__file__).parents[1] / "library" / "golden"
+Shown = dict[str, dict[str, str]]
+"""SHA-256 of every file of every model."""
+
+
+def make_libraries(place: Path) -> None:
+    """Libraries to start from, each `lib` in a directory of its own, and `sources` to add."""
+    (place / "nothing").mkdir()
+    (place / "empty" / "lib").mkdir(parents=True)
+    (place / "sources").mkdir()
+    make_family(place)
+    for golden in GOLDEN.glob("format*"):
+        directory = place / golden.name
+        with tarfile.open(golden / "library.tar.gz") as archive:
+            archive.extractall(directory, filter="data")
+        (directory / "library").rename(directory / "lib")
+
+
+def make_family(place: Path) -> None:
+    """A library with a base that came last, and much that no model needs; two models to add."""
+    sources = place / "sources"
+    rng = np.random.default_rng(3)
+    weights = {"up.weight": (rng.standard_normal((60, 256)) * 0.02).astype(np.float32)}
+    base = write_model(sources / "base", weights)
+    (base / "sub").mkdir()
+    (base / "sub" / "notes.txt").write_bytes(b"notes " * 20)
+    write_model(sources / "tuned", tuned(weights, 1))
+    int8 = write_model(sources / "int8", quantized(weights), "I8")
+    # All but fills a pack: the next add seals it, and begins another one.
+    (int8 / "noise.bin").write_bytes(rng.bytes(735_000))
+    gone = write_model(
+        sources / "gone", {"x": (rng.standard_normal((120, 256)) * 0.02).astype("f4")}
+    )
+    new = write_model(sources / "new", tuned(weights, 2))
+    (new / "noise.bin").write_bytes(rng.bytes(30_000))
+    (new / "noise.txt").write_bytes(rng.bytes(1000))
+    write_model(sources / "other", tuned(weights, 5))
+    update = write_model(sources / "update" / "base", tuned(weights, 4))
+    (update / "more.bin").write_bytes(rng.bytes(3000))
+    (place / "family").mkdir()
+    with FragmentLibrary.create(place / "family" / "lib", CONFIG) as library:
+        add(library, int8)
+        add(library, gone)
+        add(library, sources / "tuned")
+        add(library, base)
+        library.remove("gone")
+
+
+def shown(path: Path, copy: Path) -> Shown:
+    """What a library shows; looked at in a copy, for opening it may bring it up to date."""
+    if not (path / CATALOG_NAME).exists():
+        return {}
+    shutil.copytree(path, copy)
+    with FragmentLibrary.open(copy) as library:
+        return models_of(library)
+
+
+def pack_bytes(files: dict[Path, bytes | None]) -> int:
+    return sum(len(data or b"") for path, data in files.items() if path.suffix == ".pack")
+
+
+def models_of(library: FragmentLibrary) -> Shown:
+    return {
+        os.fsdecode(model.name): {
+            os.fsdecode(entry.path): entry.sha256.hex() for entry in library.files(model.name)
+        }
+        for model in library.models()
+    }
+
+
+def check_bytes(library: FragmentLibrary) -> None:
+    assert [item.error for item in library.verify(workers=1) if item.error] == []
+
+
+def check_records(library: FragmentLibrary) -> None:
+    """The packs say what the catalog says, and no closure is too large."""
+    check_rebuildable(library)
+    check_closures(library)
+
+
+def check_snapshot(path: Path) -> None:
+    """What other users read instead of the catalog is whole, or not there yet."""
+    if path.exists():
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)
+        try:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        finally:
+            connection.close()
+
+
+# --- what a library may show after a command, by what it showed before: an interrupted one first
+
+
+def same(before: Shown, _: Path) -> Sequence[Shown]:
+    return [before]
+
+
+def with_new(before: Shown, sources: Path) -> Sequence[Shown]:
+    one = {**before, "new": digests(sources / "new")}
+    return [one, {**one, "other": digests(sources / "other")}]
+
+
+def without(name: str):
+    return lambda before, _: [{key: files for key, files in before.items() if key != name}]
+
+
+def without_folder(before: Shown, _: Path) -> Sequence[Shown]:
+    kept = {path: sha for path, sha in before["base"].items() if not path.startswith("sub/")}
+    return [{**before, "base": kept}]
+
+
+def renamed(before: Shown, _: Path) -> Sequence[Shown]:
+    rest = {name: files for name, files in before.items() if name != "tuned"}
+    return [{**rest, "org/tuned": before["tuned"]}]
+
+
+def with_more(before: Shown, sources: Path) -> Sequence[Shown]:
+    more = {f"more/new/{path}": sha for path, sha in digests(sources / "new").items()}
+    return [{**before, "base": {**before["base"], **more}}]
+
+
+def updated(before: Shown, sources: Path) -> Sequence[Shown]:
+    return [{**before, "base": digests(sources / "update" / "base")}]
