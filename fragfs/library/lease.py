@@ -17,7 +17,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +203,7 @@ def hold_lease(directory: Path, what: str) -> Iterator[Lease]:
             os.close(shared)
 
 
-def leased(directory: Path, what: str, items: Iterator[_Item]) -> Iterator[_Item]:
+def leased(directory: Path, what: str, items: Iterator[_Item]) -> Generator[_Item, None, None]:
     """Hold a lease that keeps everything while something is iterated over."""
     with hold_lease(directory, what):
         yield from items

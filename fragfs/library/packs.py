@@ -142,7 +142,7 @@ class PackReader:
                 errno=error.errno,
                 remedy="ask the library's owner for permission to read it"
                 if may_not
-                else "restore the pack from a backup",
+                else "restore the pack from a backup, or see what can be done with: fragfs check",
             ) from error
         header = parse_pack_header(self._read_at(number, pack, PACK_HEADER.size, 0), str(path))
         if header.library_uuid != self._uuid or header.pack_number != number:

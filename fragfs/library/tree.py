@@ -150,7 +150,7 @@ def check_file(path: bytes, content: int, size: int, is_indexed: int) -> None:
 def _damaged(path: bytes, what: str) -> FormatError:
     return FormatError(
         f"the catalog is damaged at {printable(path) or 'its root'}: {what}",
-        remedy="restore it, with the packs, from one backup",
+        remedy=CATALOG_REMEDY,
     )
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.faults.test_crash_points import PowerCut
+from tests.faults.test_optimize_crashes import ForgetfulFiles, weights
 
 from fragfs.library import collect
 from fragfs.library.library import FragmentLibrary
 from fragfs.types import LibraryConfig
-from tests.faults.test_crash_points import PowerCut
-from tests.faults.test_optimize_crashes import ForgetfulFiles, weights
 from tests.library.test_bases import add, assert_good, check_closures, tuned, write_model
 from tests.library.test_compact import check_rebuildable
 from tests.models import digests
