@@ -24,8 +24,9 @@ PUBLIC_NAMES = set(
     "FragmentLibrary Fragment FragmentId FragmentMetadata FragmentType LayerMapping TensorRef"
     " ModelManifest LibraryConfig LibraryStats LIBRARY_FORMAT_VERSION Level AddOptions"
     " EstimateReport Explanation GcReport OptimizeReport FragmentSignature SignatureConfig"
-    " SimilarityIndex SimilarityMatch SimilarityThreshold DEFAULT_SIMILARITY_THRESHOLD FragmentError FormatError"
-    " IntegrityError LimitError NotFoundError StorageError UsageError".split()
+    " SimilarityIndex SimilarityMatch SimilarityThreshold DEFAULT_SIMILARITY_THRESHOLD"
+    " FragmentError FormatError IntegrityError LimitError NotFoundError StorageError"
+    " UsageError".split()
 )
 
 FOREIGN_OPTIONS = {

@@ -130,8 +130,10 @@ class Checker:
             numbers: The fragments; those that are not in the catalog are passed over.
             findings: Of a run without `data`.
         """
-        check = _DataCheck(self._catalog, self._decoder(), findings, self._workers, self._progress)
-        check.run_some(numbers)
+        self._data_check(findings).run_some(numbers)
+
+    def _data_check(self, findings: Findings) -> _DataCheck:
+        return _DataCheck(self._catalog, self._decoder(), findings, self._workers, self._progress)
 
     def _check_snapshot(self, findings: Findings) -> None:
         path = self._directory / SNAPSHOT_NAME

@@ -8,6 +8,7 @@ import pytest
 
 from fragfs.errors import FormatError
 from fragfs.library.add import AddOptions
+from fragfs.library.extents import ExtentMap
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.records import PACK_FOOTER
 from fragfs.types import LibraryConfig
@@ -195,8 +196,10 @@ def test_what_decodes_again_leaves_quarantine(path):
 
 
 def test_only_decoding_finds_a_file_with_another_digest(path):
-    content = rows(path, "SELECT number FROM contents WHERE size > 10000")[0][0]
-    write_catalog(path, "UPDATE contents SET sha256 = ? WHERE number = ?", bytes(32), content)
+    content, extents = rows(path, "SELECT number, extents FROM contents WHERE size > 10000")[0]
+    sealed = ExtentMap.parse(extents).pack(content, bytes(32))
+    sql = "UPDATE contents SET sha256 = ?, extents = ? WHERE number = ?"
+    write_catalog(path, sql, bytes(32), sealed, content)
     # The manifest in the packs has the right one: that is told without decoding.
     assert kinds(check(path)) == ["repairable"]
     report = check(path, data=True)
