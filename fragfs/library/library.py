@@ -683,7 +683,9 @@ class FragmentLibrary:
         repairer = Repairer(
             self._files, self.path, self._catalog, self._packs, self._writer, checker, self._now_ns
         )
-        return repairer.repair(data=data) if repair else repairer.check(data=data)
+        # What is dropped while it is looked at would be taken for lost.
+        with hold_lease(self.path, "check"):
+            return repairer.repair(data=data) if repair else repairer.check(data=data)
 
     # --- whole models
 
