@@ -20,6 +20,7 @@ from typing import Any
 
 from fragfs.errors import FormatError, NotFoundError, StorageError
 from fragfs.library.files import storage_error
+from fragfs.library.filesystem import database_error
 from fragfs.types import (
     LIBRARY_FORMAT_VERSION,
     SHARED_INODE_BYTES_MIN,
@@ -199,16 +200,7 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        text = str(error)
-        if "disk is full" in text:
-            remedy = "free some space and run the command again"
-        elif "locked" in text or "busy" in text:
-            remedy = "wait for the other fragfs to finish, or see which process holds it"
-        else:
-            remedy = "check that the directory is readable and its disk is healthy"
-        raise StorageError(
-            f"catalog {path}: {text}", path=str(path), remedy=remedy, retryable="locked" in text
-        ) from error
+        raise database_error(error, path) from error
     except sqlite3.IntegrityError:
         raise  # a constraint of ours: a defect of fragfs, not of the database file
     except sqlite3.DatabaseError as error:

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +87,7 @@ class Batch:
         self._signatures: dict[int, FragmentSignature | None] = {}
         self._retired: set[int] = set()
         self._dropped: list[int] = []
+        self._committing = False
         self._record_count = 0
         self._batch_offset = 0
         self._headers = xxhash.xxh3_64()
@@ -286,6 +287,7 @@ class Batch:
         pack.sync()
         if pack.new:
             self._writer.sync_packs()
+        self._committing = True
         with self._catalog.transaction() as connection:
             connection.executemany(
                 "INSERT INTO fragments VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -384,9 +386,16 @@ class Batch:
             )
 
     def close(self) -> None:
-        """Let go of the pack."""
-        if self._pack is not None:
-            self._pack.close()
+        """Let go of the pack; one that nobody was told of goes with the batch.
+
+        What an add that fills the disk leaves must not keep it full.
+        """
+        if self._pack is None:
+            return
+        self._pack.close()
+        # Once the transaction has begun, only the catalog knows whether it will count.
+        if self._pack.new and not self._committing:
+            self._pack.discard()
 
 
 class LibraryWriter:
@@ -533,8 +542,9 @@ class LibraryWriter:
         self._files.sync_directory(staging)
 
     def remove_intent(self) -> None:
-        """Remove the note; a stale one is harmless, so nothing is synced."""
-        self._files.unlink(self._directory / STAGING_NAME / _INTENT_NAME)
+        """Remove the note, if possible; a stale one is harmless, so nothing is synced either."""
+        with suppress(StorageError):  # the batch is committed: it must not be told to have failed
+            self._files.unlink(self._directory / STAGING_NAME / _INTENT_NAME)
 
     def _read_intents(self) -> list[bytes]:
         path = self._directory / STAGING_NAME / _INTENT_NAME

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fragfs.library.catalog import CATALOG_NAME
+from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
 from fragfs.types import LibraryConfig
 from tests.library.test_bases import (
@@ -103,6 +103,17 @@ def check_records(library: FragmentLibrary) -> None:
     """The packs say what the catalog says, and no closure is too large."""
     check_rebuildable(library)
     check_closures(library)
+
+
+def check_whole(path: Path, allowed: Sequence[Shown]) -> Shown:
+    """Gives what the library in a directory shows, which is one of `allowed`, and whole."""
+    with FragmentLibrary.open(path) as library:
+        found = models_of(library)
+        assert found in allowed, f"shows {found}"
+        check_bytes(library)
+        check_records(library)
+    check_snapshot(path / SNAPSHOT_NAME)
+    return found
 
 
 def check_snapshot(path: Path) -> None:

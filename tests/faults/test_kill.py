@@ -16,16 +16,12 @@ from pathlib import Path
 import pytest
 
 from fragfs.errors import StorageError
-from fragfs.library.catalog import SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.lock import writer_lock
 from tests.faults.support import (
     Shown,
-    check_bytes,
-    check_records,
-    check_snapshot,
+    check_whole,
     make_libraries,
-    models_of,
     renamed,
     same,
     shown,
@@ -141,23 +137,12 @@ def check_after_kill(
     """Whether there was something left to do; the command has done it now."""
     with writer_lock(path, timeout_s=1.0):
         pass  # the kernel has freed it
-    found = check(path, allowed)
+    found = check_whole(path, allowed)
     if found == allowed[-1] != allowed[0]:
         return False
     again(path, arguments, found, forker)
-    assert check(path, allowed) == allowed[-1]
+    assert check_whole(path, allowed) == allowed[-1]
     return True
-
-
-def check(path: Path, allowed: Sequence[Shown]) -> Shown:
-    """Gives what the library shows, which is whole."""
-    with FragmentLibrary.open(path) as library:
-        found = models_of(library)
-        assert found in allowed
-        check_bytes(library)
-        check_records(library)
-    check_snapshot(path / SNAPSHOT_NAME)
-    return found
 
 
 def again(path: Path, arguments: Sequence[str], found: Shown, forker: Forker) -> None:
