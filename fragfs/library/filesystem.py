@@ -14,7 +14,7 @@ from pathlib import Path
 from fragfs.errors import StorageError
 from fragfs.library.files import storage_error
 
-__all__ = ["database_error", "lock_error", "network_kind"]
+__all__ = ["database_error", "lock_error", "network_kind", "unwritable_error"]
 
 _NETWORK_KINDS = {
     "9p",
@@ -83,6 +83,35 @@ def lock_error(error: OSError, what: str, path: Path) -> StorageError:
     )
 
 
+def unwritable_error(directory: Path) -> StorageError:
+    """Why a library that can be read cannot be changed."""
+    try:
+        is_read_only = bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
+    except OSError:
+        is_read_only = False
+    if is_read_only:
+        cause = OSError(errno.EROFS, os.strerror(errno.EROFS), str(directory))
+        return storage_error(cause, f"cannot change the library in {directory}")
+    return StorageError(
+        f"this user cannot change the library in {directory}",
+        path=str(directory),
+        errno=errno.EACCES,
+        remedy="run the command as the library's owner",
+    )
+
+
+def _try_descriptors(directory: Path) -> None:
+    """Open as many as a connection has: database, log, shared memory, and a temporary file."""
+    opened = []
+    try:
+        for _ in range(4):
+            # Not the database itself: to close it would free the locks that SQLite holds on it.
+            opened.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
 def database_error(error: sqlite3.OperationalError, path: Path) -> StorageError:
     """Translate what SQLite could not do to the catalog at `path`; looks for the cause itself."""
     text = str(error)
@@ -97,8 +126,7 @@ def database_error(error: sqlite3.OperationalError, path: Path) -> StorageError:
     if "locked" in text or "busy" in text:
         return found("wait for the other fragfs to finish, or see which process holds it")
     try:
-        # The directory, not the database: to close that would free the locks that SQLite holds.
-        os.close(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        _try_descriptors(path.parent)
         status = os.statvfs(path.parent)
     except OSError as cause:
         return storage_error(cause, what)

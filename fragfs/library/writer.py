@@ -23,6 +23,7 @@ from fragfs.library.appender import PackAppender, PackState
 from fragfs.library.catalog import SNAPSHOT_NAME, Catalog
 from fragfs.library.closure import closure_of
 from fragfs.library.files import Files
+from fragfs.library.filesystem import unwritable_error
 from fragfs.library.lock import writer_lock
 from fragfs.library.packs import PACKS_NAME, pack_name, pack_number, scan_records
 from fragfs.library.records import (
@@ -431,11 +432,7 @@ class LibraryWriter:
     def batch(self) -> Iterator[Batch]:
         """Hold the lock and collect records; the caller commits, or the batch is forgotten."""
         if self.catalog.read_only:
-            raise StorageError(
-                f"this user cannot change the library in {self._directory}",
-                path=str(self._directory),
-                remedy="run the command as the library's owner",
-            )
+            raise unwritable_error(self._directory)
         with self._locked():
             batch = Batch(self)
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -19,6 +18,7 @@ from fragfs.errors import StorageError
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.lock import writer_lock
 from tests.faults.support import (
+    Forker,
     Shown,
     check_whole,
     make_libraries,
@@ -54,43 +54,6 @@ COMMANDS = {
 }
 
 
-class Forker:
-    """Runs commands through `forker.py`."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def run(
-        self, library: Path, arguments: Sequence[str], kill_after_s: float | None = None
-    ) -> int:
-        """Run a command; gives its exit status, or less the signal that ended it."""
-        assert self.process.stdin is not None
-        request = [["--library", str(library), *arguments], kill_after_s]
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self._line())
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def forker():
-    made = Forker()
-    yield made
-    made.close()
-
-
 @pytest.fixture(scope="module")
 def place(memory_path) -> Path:
     place = memory_path / "prepared"
@@ -122,7 +85,7 @@ def test_killing_a_command_loses_nothing(name, forker, place, scratch):
         assert attempts <= 10 * KILLS, "it ends before it can be killed"
         path = scratch / "killed"
         shutil.copytree(prepared, path)
-        status = forker.run(path, arguments, moments.random() * min(durations_s))
+        status = forker.run(path, arguments, kill_after_s=moments.random() * min(durations_s))
         assert status in (0, -signal.SIGKILL)
         if status:
             killed += 1
