@@ -1,6 +1,7 @@
 # Everything a developer runs. Targets work in a fresh clone: they make .venv when they need it.
 # Variables: PYTHON (the interpreter for .venv), JOBS (test processes), ARGS (more arguments),
-# FAMILY (where the model family is kept), FAMILY_ARGS (how to make it).
+# MINUTES (of soak, and of each target of fuzz), TARGETS (of fuzz), FAMILY (where the model family is
+# kept), FAMILY_ARGS (how to make it).
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,16 +9,19 @@ READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 JOBS   ?= 2
 ARGS   ?=
+TARGETS ?=
 TORCH  ?= torch==2.13.0
 CODE   := fragfs tests tools
 FAMILY ?= build/family
+MINUTES ?= 3
 
 # The first interpreter that is new enough; PYTHON=... on the command line overrides the search.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix bench bench-read family bench-storage unmount clean
+.PHONY: help venv venv-torch demo test test-fast test-mount lint check fix fuzz bench bench-read family bench-storage soak \
+	unmount clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +67,11 @@ fix: $(READY) ## format, and repair what ruff can
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
+# MINUTES each; TARGETS names some of them. Finds are kept below build/fuzz.
+fuzz: $(READY) ## fuzz parsers, pack and catalog readers with atheris
+	@$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	@$(BIN)/python -m tools.fuzz --minutes $(MINUTES) $(TARGETS)
+
 bench: $(READY) ## measure on this machine; prints machine, date and command
 	@$(BIN)/python -m tools.bench $(ARGS)
 
@@ -79,6 +88,9 @@ $(FAMILY)/family.json: | $(READY)
 
 bench-storage: $(READY) family ## measure what a model family takes, beside other tools (long)
 	@$(BIN)/python -m tools.bench --section storage --section family --family $(FAMILY) $(ARGS)
+
+soak: $(READY) ## run everything at once for MINUTES=3, with random kills
+	@$(BIN)/python -m tools.soak --minutes $(MINUTES) $(ARGS)
 
 # Only mounts of tests and demos: those below the temporary directory or this one.
 unmount: ## detach the mounts that a killed test or demo left behind

@@ -14,6 +14,7 @@ from fragfs.errors import (
     UsageError,
 )
 from fragfs.library.add import AddOptions
+from fragfs.library.collect import GcReport
 from fragfs.library.estimate import EstimateReport
 from fragfs.library.explain import Explanation
 from fragfs.library.library import FragmentLibrary
@@ -53,6 +54,7 @@ __all__ = [
     "FragmentMetadata",
     "FragmentSignature",
     "FragmentType",
+    "GcReport",
     "IntegrityError",
     "LayerMapping",
     "Level",

@@ -33,8 +33,8 @@ _NOTHING_BYTES = 4096
     "grace_s",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="How long what an interrupted add stored stays, so that it can be resumed.  [default: 86400,"
-    " a day]",
+    help="How long what an interrupted add stored stays, so that it can be resumed. "
+    " [default: 86400, a day]",
 )
 @json_option
 @shared_options()

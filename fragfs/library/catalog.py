@@ -18,10 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fragfs.errors import FormatError, NotFoundError, StorageError
+from fragfs.errors import FormatError, NotFoundError, StorageError, UsageError
+from fragfs.library.cells import odd_cell
 from fragfs.library.files import storage_error
 from fragfs.library.filesystem import database_error
+from fragfs.library.records import RECORD_HEADER_BYTES_MAX
 from fragfs.types import (
+    FRAGMENT_BYTES_MAX,
     LIBRARY_FORMAT_VERSION,
     SHARED_INODE_BYTES_MIN,
     FragmentId,
@@ -151,12 +154,20 @@ _MIGRATIONS = {
 }
 """What brings a catalog of a version to the next one."""
 
+_OFFSET_MAX = 1 << 48
+
 _ASKED_STEP = 8
 """Numbers asked for in one query are filled up to a multiple of this."""
 
 _FREE_PAGES_MIN = 64
 _FREE_SHARE_MIN = 0.2
 """Unused pages are used again; fewer of them are not worth writing all others anew."""
+
+# Whose library it is does not matter: nothing in it is run.
+_FOREIGN_ENTRIES = (
+    "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
+    " OR (type = 'table' AND rootpage = 0)"
+)
 
 _FRAGMENT_COLUMNS = "number, id, pack, offset, record_size, raw_size, predictor"
 
@@ -203,7 +214,8 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         raise database_error(error, path) from error
     except sqlite3.IntegrityError:
         raise  # a constraint of ours: a defect of fragfs, not of the database file
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        # The latter where SQLite's own message quotes a damaged schema.
         raise FormatError(
             f"catalog {path} is damaged: {error}",
             path=str(path),
@@ -345,9 +357,17 @@ class Catalog:
                 uri, uri=True, isolation_level=None, timeout=30, check_same_thread=False
             )
             try:
+                connection.execute("PRAGMA trusted_schema = OFF")
+                connection.execute("PRAGMA cell_size_check = ON")
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute(f"PRAGMA query_only = {0 if writable else 1}")
-                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                (foreign,) = connection.execute(_FOREIGN_ENTRIES).fetchone()
+                if foreign:
+                    raise FormatError(
+                        f"catalog {self.path} has views, triggers or virtual tables",
+                        path=str(self.path),
+                        remedy="do not use it: fragfs makes none, and they run when it is read",
+                    )
             except BaseException:
                 connection.close()
                 raise
@@ -418,15 +438,38 @@ class Catalog:
     # --- queries
 
     def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a read-only query."""
+        """All rows of a read-only query.
+
+        Raises:
+            FormatError: The database is damaged, or a cell holds what its column never does.
+            StorageError: It cannot be read.
+        """
         with _sqlite_errors(self.path):
-            return self.connection().execute(sql, parameters).fetchall()
+            cursor = self.connection().execute(sql, parameters)
+            found = cursor.fetchall()
+        self._check_types(cursor, found)
+        return found
 
     def row(self, sql: str, parameters: Sequence[object] = ()) -> tuple[Any, ...] | None:
-        """The first row of a read-only query, or None."""
+        """The first row of a read-only query, or None; raises as `rows` does."""
         with _sqlite_errors(self.path):
-            found: tuple[Any, ...] | None = self.connection().execute(sql, parameters).fetchone()
-            return found
+            cursor = self.connection().execute(sql, parameters)
+            found: tuple[Any, ...] | None = cursor.fetchone()
+        if found is not None:
+            self._check_types(cursor, (found,))
+        return found
+
+    def _check_types(self, cursor: sqlite3.Cursor, rows: Sequence[tuple[Any, ...]]) -> None:
+        odd = odd_cell(cursor.description, rows)
+        if odd is not None:
+            raise self._damaged(odd)
+
+    def _damaged(self, what: str) -> FormatError:
+        return FormatError(
+            f"catalog {self.path} is damaged: {what}",
+            path=str(self.path),
+            remedy="restore it, with the packs, from one backup",
+        )
 
     def data_version(self) -> int:
         """A number that changes when another connection has committed.
@@ -451,7 +494,12 @@ class Catalog:
                 remedy="restore it, with the packs, from one backup",
             )
         uuid, elements, closure, zstd_level, pack_bytes, level = found
-        config = LibraryConfig(elements, closure, zstd_level, pack_bytes, Level(level))
+        try:
+            config = LibraryConfig(elements, closure, zstd_level, pack_bytes, Level(level))
+        except (UsageError, ValueError) as error:
+            raise self._damaged(f"settings that cannot be: {error}") from error
+        if len(uuid) != 16:
+            raise self._damaged(f"a library UUID of {len(uuid)} bytes")
         return uuid, config
 
     def generation(self) -> tuple[int, bytes]:
@@ -467,15 +515,42 @@ class Catalog:
         Raises:
             NotFoundError: No such fragment.
         """
-        found = self.row(f"SELECT {_FRAGMENT_COLUMNS} FROM fragments WHERE number = ?", (number,))
+        # The index of ids is asked as well: of two damaged rows one may have taken the other's
+        # number, and then the bytes would be another fragment's.
+        found = self.row(
+            f"SELECT {_FRAGMENT_COLUMNS}, (SELECT other.number FROM fragments AS other"
+            " WHERE other.id = fragments.id) AS number FROM fragments WHERE number = ?",
+            (number,),
+        )
         if found is None:
-            raise NotFoundError(f"fragment number {number} is not in the catalog")
-        return _metadata(found)
+            raise NotFoundError(
+                f"fragment number {number} is not in the catalog",
+                remedy="add the model again, or restore the catalog from a backup",
+            )
+        *row, again = found
+        if again != number:
+            raise self._damaged(f"fragment {number} is not what the index of ids says")
+        return self._metadata(row)
+
+    def _metadata(self, row: Sequence[Any]) -> FragmentMetadata:
+        number, fragment, pack, offset, record_size, raw_size, predictor = row
+        if (
+            len(fragment) != 32
+            or pack < 1
+            or not 0 <= offset <= _OFFSET_MAX
+            or not 0 < record_size <= FRAGMENT_BYTES_MAX + RECORD_HEADER_BYTES_MAX
+            or not 0 <= raw_size <= FRAGMENT_BYTES_MAX
+            or not 0 <= predictor <= 255
+        ):
+            raise self._damaged(f"the place of fragment {number} cannot be")
+        return FragmentMetadata(
+            number, FragmentId(fragment), pack, offset, record_size, raw_size, predictor
+        )
 
     def find_fragment(self, fragment: FragmentId) -> FragmentMetadata | None:
         """Where the fragment with this id is stored, or None."""
         found = self.row(f"SELECT {_FRAGMENT_COLUMNS} FROM fragments WHERE id = ?", (fragment,))
-        return _metadata(found) if found else None
+        return self._metadata(found) if found else None
 
     def bases(self, number: int) -> tuple[int, ...]:
         """The fragments that the prediction of a fragment reads, in its order."""
@@ -532,17 +607,4 @@ def _forked() -> StorageError:
     return StorageError(
         "a library that was opened before fork() is used after it",
         remedy="open the library again in the child process",
-    )
-
-
-def _metadata(row: tuple[Any, ...]) -> FragmentMetadata:
-    number, fragment, pack, offset, record_size, raw_size, predictor = row
-    return FragmentMetadata(
-        number,
-        FragmentId(fragment),
-        pack,
-        offset,
-        record_size,
-        raw_size,
-        predictor,
     )

@@ -13,18 +13,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+import xxhash
 import zstandard
 
 from fragfs.errors import FormatError
-from fragfs.types import Extent, SpanKind
+from fragfs.library.frames import read_frame
+from fragfs.types import FRAGMENT_BYTES_MAX, Extent, SpanKind
 
-__all__ = ["EXTENTS_MAX", "ExtentMap", "ExtentMapBuilder", "OpenContent"]
+__all__ = ["EXTENTS_MAX", "ExtentMap", "ExtentMapBuilder", "OpenContent", "check_seal"]
 
 EXTENTS_MAX = 1 << 26
 """Most extents of one file: 64 TiB of 1 MiB fragments. Bounds what a damaged blob may allocate."""
 
 _FIRST = 0x80
 _ROW_BYTES = 4 + 8 + 4 + 1
+_KIND_BYTES = bytes(kind | first for kind in SpanKind for first in (0, _FIRST))
+_SEAL_BYTES = 8
+_REMEDY = "restore the catalog from a backup"
 
 
 def _little(values: array[int]) -> bytes:
@@ -94,11 +99,17 @@ class ExtentMap:
         """(sizes, offsets in the fragment, kind bytes): the columns that name no fragment."""
         return self._sizes, self._offsets, bytes(self._kinds)
 
-    def pack(self) -> bytes:
+    def pack(self, content: int, sha256: bytes) -> bytes:
         """The blob kept in the catalog (FORMAT.md, "Extents").
 
         Fragment numbers are stored as differences: neighbours in a file are mostly neighbours in
-        the catalog, so the column compresses to nearly nothing.
+        the catalog, so the column compresses to nearly nothing. SQLite has no checksums, and a
+        flipped bit here would be another fragment's bytes: hence the frame's own, and the seal
+        that ties the frame to its content.
+
+        Args:
+            content: The content's number.
+            sha256: Its SHA-256: 32 bytes.
         """
         steps = array(
             "q", (b - a for a, b in zip([0, *self.fragments], self.fragments, strict=False))
@@ -106,38 +117,71 @@ class ExtentMap:
         body = b"".join(
             (_little(self._sizes), _little(steps), _little(self._offsets), bytes(self._kinds))
         )
-        return zstandard.ZstdCompressor(level=6).compress(len(self).to_bytes(4, "little") + body)
+        compressor = zstandard.ZstdCompressor(level=6, write_checksum=True)
+        frame = compressor.compress(len(self).to_bytes(4, "little") + body)
+        return frame + _seal(frame, content, sha256)
 
     @classmethod
     def parse(cls, blob: bytes) -> ExtentMap:
-        """Read what `pack` wrote.
+        """Read what `pack` wrote; whose extents they are is left to `check_seal`.
 
         Raises:
             FormatError: The blob is damaged.
         """
         try:
-            # Asked first: a frame that states its size is given that much memory unseen.
-            size = zstandard.frame_content_size(blob)
-            if not 4 <= size <= 4 + _ROW_BYTES * EXTENTS_MAX:
-                raise zstandard.ZstdError(f"a content size of {size}")
-            data = zstandard.ZstdDecompressor().decompress(blob)
+            data = read_frame(blob, 4, 4 + _ROW_BYTES * EXTENTS_MAX)
         except zstandard.ZstdError as error:
-            raise FormatError(
-                "the extents of a file do not decompress",
-                remedy="restore the catalog from a backup",
-            ) from error
+            raise FormatError("the extents of a file do not decompress", remedy=_REMEDY) from error
         count = int.from_bytes(data[:4], "little")
         if len(data) != 4 + _ROW_BYTES * count:
             raise FormatError(
                 f"the extents of a file have {len(data)} bytes, {count} extents need"
                 f" {4 + _ROW_BYTES * count}",
-                remedy="restore the catalog from a backup",
+                remedy=_REMEDY,
             )
         body = data[4:]
         sizes = _native("I", body[: 4 * count])
         steps = _native("q", body[4 * count : 12 * count])
         offsets = _native("I", body[12 * count : 16 * count])
-        return cls(sizes, array("q", accumulate(steps)), offsets, body[16 * count :])
+        kinds = body[16 * count :]
+        try:
+            fragments = array("q", accumulate(steps))
+        except OverflowError:
+            fragments = array("q", [0])
+        if count and (
+            min(sizes) < 1
+            or max(sizes) > FRAGMENT_BYTES_MAX
+            or min(fragments) < 1
+            or max(offsets) >= FRAGMENT_BYTES_MAX
+            or kinds.translate(None, _KIND_BYTES)
+        ):
+            raise FormatError(
+                "the extents of a file name what cannot be: an empty or too large range, or a"
+                " fragment or kind that does not exist",
+                remedy=_REMEDY,
+            )
+        return cls(sizes, fragments, offsets, kinds)
+
+
+def check_seal(blob: bytes, content: int, sha256: bytes) -> None:
+    """Check that packed extents are those of a content.
+
+    Raises:
+        FormatError: They are another's, or damaged.
+    """
+    try:
+        is_sealed = zstandard.get_frame_parameters(blob).has_checksum
+    except (zstandard.ZstdError, TypeError):
+        is_sealed = True  # of no frame: damaged
+    if is_sealed and blob[-_SEAL_BYTES:] != _seal(blob[:-_SEAL_BYTES], content, sha256):
+        raise FormatError(
+            f"the extents of content {content} differ from their checksum", remedy=_REMEDY
+        )
+
+
+def _seal(frame: bytes, content: int, sha256: bytes) -> bytes:
+    tied = content.to_bytes(8, "little", signed=True) + sha256 + frame
+    return xxhash.xxh3_64_digest(tied)[::-1]
 
 
 class ExtentMapBuilder:

@@ -29,6 +29,7 @@ _REMEDIES = {
     errno.EROFS: "the file system is read-only: use a writable one, or only read from this library",
     errno.ENFILE: "close programs: the machine has no room for more open files",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ELOOP: "it is a link: put a file in its place",
     errno.EIO: "the disk reports errors: check its health and your backups",
 }
 
@@ -139,7 +140,8 @@ class OsFiles:
     @_translated
     def open_append(self, path: Path) -> int:
         """See `Files`."""
-        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        # No link is followed: what is written to must lie in the library.
+        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     @_translated
     def append(self, descriptor: int, buffers: Sequence[bytes | memoryview]) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
@@ -34,11 +35,14 @@ __all__ = [
     "Ranges",
     "as_ranges",
     "hold_lease",
+    "leased",
     "live_leases",
     "make_lease_file",
     "no_leases",
     "no_new_leases",
 ]
+
+_Item = TypeVar("_Item")
 
 LEASES_NAME = "leases"
 _SHARED_NAME = "shared"
@@ -197,6 +201,12 @@ def hold_lease(directory: Path, what: str) -> Iterator[Lease]:
             os.close(shared)
 
 
+def leased(directory: Path, what: str, items: Iterator[_Item]) -> Iterator[_Item]:
+    """Hold a lease that keeps everything while something is iterated over."""
+    with hold_lease(directory, what):
+        yield from items
+
+
 def _make_own(directory: Path) -> tuple[int, Path] | None:
     """A new lease file, locked; None where this user may not make one."""
     while True:
@@ -327,7 +337,7 @@ def _open_shared(directory: Path) -> int | None:
     path = directory / LEASES_NAME / _SHARED_NAME
     try:
         path.parent.mkdir(exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError:
         pass
     try:

@@ -9,22 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO
 
-from fragfs.errors import FragmentError, NotFoundError, StorageError
+from fragfs.errors import FormatError, FragmentError, NotFoundError, StorageError
 from fragfs.library import tree
 from fragfs.library.catalog import (
     Catalog,
 )
-from fragfs.library.extents import ExtentMap, OpenContent
+from fragfs.library.extents import ExtentMap, OpenContent, check_seal
 from fragfs.library.files import Files, OsFiles
-from fragfs.library.lease import Lease, as_ranges, hold_lease
+from fragfs.library.lease import Lease, as_ranges, hold_lease, leased
 from fragfs.library.names import as_name, join, printable
 from fragfs.library.packs import PackReader
 from fragfs.library.progress import NO_PROGRESS, Progress
@@ -64,8 +64,6 @@ __all__ = ["FragmentLibrary"]
 log = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT_S = 60.0
-
-_Item = TypeVar("_Item")
 
 
 class FragmentLibrary:
@@ -193,16 +191,19 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No such model.
+            FormatError: The catalog is damaged there.
         """
         model = self.model(name)
-        entries = [
-            FileEntry(join(directory, leaf), *rest)
-            for directory, leaf, *rest in self._catalog.rows(
-                "SELECT directory, name, content, size, sha256, mode, files.mtime_ns, stored_bytes,"
-                " verdict FROM files JOIN contents ON contents.number = content WHERE model = ?",
-                (model.number,),
-            )
-        ]
+        entries = []
+        for is_indexed, directory, leaf, *rest in self._catalog.rows(
+            f"SELECT {tree.IS_INDEXED}, directory, name, content, size, sha256, mode,"
+            " files.mtime_ns, stored_bytes, verdict"
+            " FROM files JOIN contents ON contents.number = content WHERE model = ?",
+            (model.number,),
+        ):
+            entry = FileEntry(join(directory, leaf), *rest)
+            tree.check_file(entry.path, entry.content, entry.size, is_indexed)
+            entries.append(entry)
         return sorted(entries, key=lambda entry: entry.path)
 
     def manifest(self, name: str | bytes) -> ModelManifest:
@@ -266,7 +267,8 @@ class FragmentLibrary:
         from fragfs.library.estimate import Estimator
 
         estimator = Estimator(self.path, self.config, self._catalog, self._decoder, progress)
-        return estimator.run(paths, options)
+        with hold_lease(self.path, "estimate"):
+            return estimator.run(paths, options)
 
     def data_version(self) -> int:
         """A number that changes when any process has changed the library.
@@ -292,6 +294,7 @@ class FragmentLibrary:
 
         Raises:
             NotFoundError: No file shows it any more.
+            FormatError: The catalog is damaged.
         """
         row = self._catalog.row(
             "SELECT number, size, mtime_ns, sha256, stored_bytes, extents FROM contents"
@@ -300,27 +303,22 @@ class FragmentLibrary:
         )
         if row is None:
             raise NotFoundError(f"content {content} is not in the library (any more)")
-        number, size, mtime_ns, sha256, stored_bytes, extents = row
-        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, ExtentMap.parse(extents))
+        number, size, mtime_ns, sha256, stored_bytes, blob = row
+        check_seal(blob, number, sha256)
+        extents = ExtentMap.parse(blob)
+        if extents.size != size:
+            raise FormatError(
+                f"content {number} has {size} bytes, its extents have {extents.size}",
+                path=str(self._catalog.path),
+                remedy="restore the catalog from a backup",
+                expected=size,
+                actual=extents.size,
+            )
+        return OpenContent(number, size, mtime_ns, sha256, stored_bytes, extents)
 
     def has_content(self, content: int) -> bool:
         """Whether a file content is in the catalog (still)."""
         return self._catalog.row("SELECT 1 FROM contents WHERE number = ?", (content,)) is not None
-
-    @contextmanager
-    def _pinned(self, numbers: Collection[int], what: str) -> Iterator[dict[int, OpenContent]]:
-        """Contents that stay readable while the context lasts, whatever is removed meanwhile.
-
-        Those that are gone or damaged are left out: opening them again tells why.
-        """
-        with hold_lease(self.path, what) as lease:
-            contents = {}
-            for number in numbers:
-                with suppress(FragmentError):
-                    contents[number] = self.open_content(number)
-            # Only now: until it says less a lease keeps everything.
-            lease.pin(as_ranges(f for one in contents.values() for f in one.extents.fragments))
-            yield contents
 
     def open_file(self, name: str | bytes, path: str | bytes) -> BinaryIO:
         """A file of a model as a read-only, seekable Python file, decoded while it is read.
@@ -342,8 +340,9 @@ class FragmentLibrary:
                 remedy=f"see its files with: fragfs ls {printable(model)}",
             )
         with ExitStack() as scope:
-            pinned = scope.enter_context(self._pinned([node.content], "program reading a file"))
-            content = pinned.get(node.content) or self.open_content(node.content)
+            lease = scope.enter_context(hold_lease(self.path, "program reading a file"))
+            content = self.open_content(node.content)
+            lease.pin(as_ranges(content.extents.fragments))
             stream = ContentStream(content, self._decode_cold, scope.pop_all().close)
             return io.BufferedReader(stream, 1 << 20)
 
@@ -603,20 +602,24 @@ class FragmentLibrary:
         progress: Progress = NO_PROGRESS,
         workers: int | None = None,
     ) -> Iterator[VerifiedFile]:
-        """Decode every file of a model (or of all) and compare it with its recorded SHA-256."""
+        """Decode every file of a model (or of all) and compare it with its recorded SHA-256.
+
+        What is removed meanwhile is passed over.
+
+        Raises:
+            NotFoundError: No such model.
+        """
         from fragfs.library.readback import verify_files
 
         models = [self.model(name)] if name is not None else self.models()
-        files = [(model.name, entry) for model in models for entry in self.files(model.name)]
+        files: list[tuple[bytes, FileEntry]] = []
+        for model in models:
+            with suppress(NotFoundError):
+                files += [(model.name, entry) for entry in self.files(model.name)]
         verified = verify_files(
             files, self.open_content, self._decode_cold, workers or _cores(), progress
         )
-        return self._leased(verified, "verify")
-
-    def _leased(self, items: Iterator[_Item], what: str) -> Iterator[_Item]:
-        """Hold a lease while something is iterated over."""
-        with hold_lease(self.path, what):
-            yield from items
+        return leased(self.path, "verify", verified)
 
     def export(
         self,
@@ -637,7 +640,12 @@ class FragmentLibrary:
         files = self.files(name)
         draft = load_draft(self._catalog, as_name(name))
         directories: list[DraftDirectory] = list(draft.directories.values())
-        with self._pinned({file.content for file in files}, "export") as pinned:
+        with hold_lease(self.path, "export") as lease:
+            pinned: dict[int, OpenContent] = {}
+            for number in {file.content for file in files}:
+                with suppress(FragmentError):  # `export_files` asks for it again, and tells
+                    pinned[number] = self.open_content(number)
+            lease.pin(as_ranges(f for one in pinned.values() for f in one.extents.fragments))
             return export_files(
                 files,
                 [(d.path, d.mode, d.mtime_ns) for d in directories],

@@ -28,7 +28,8 @@ _POLL_S = 0.02
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # No link is followed: the file is truncated, and the library may be somebody else's.
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise storage_error(error, f"cannot open {path} for writing") from error
 

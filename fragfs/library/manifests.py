@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import zstandard
 
-from fragfs.errors import FormatError
+from fragfs.errors import FormatError, LimitError, UsageError
 from fragfs.library.extents import ExtentMap
+from fragfs.library.frames import read_frame
+from fragfs.library.names import as_name
 from fragfs.types import FragmentId
 
 __all__ = ["ManifestContent", "ManifestFile", "StoredManifest", "pack_manifest", "parse_manifest"]
@@ -135,15 +137,15 @@ def parse_manifest(payload: bytes | memoryview, where: str) -> StoredManifest:
         FormatError: The payload is not a manifest.
     """
     try:
-        # Asked first: a frame that states its size is given that much memory unseen.
-        if not 4 <= zstandard.frame_content_size(payload) <= MANIFEST_BYTES_MAX:
-            raise ValueError("it states an impossible size")
-        data = zstandard.ZstdDecompressor().decompress(payload)
+        data = read_frame(payload, 4, MANIFEST_BYTES_MAX)
         head_end = 4 + int.from_bytes(data[:4], "little")
         head = json.loads(data[4:head_end])
         contents = []
         position = head_end
         for number, sha256, mtime_ns, verdict, count in head["contents"]:
+            _check_integers(number, mtime_ns, count)
+            if len(sha256) != 64 or not isinstance(verdict, str):
+                raise ValueError("a content is malformed")
             columns = data[position : position + _EXTENT_BYTES * count]
             if len(columns) != _EXTENT_BYTES * count:
                 raise ValueError("extents end early")
@@ -160,19 +162,37 @@ def parse_manifest(payload: bytes | memoryview, where: str) -> StoredManifest:
                 )
             )
             position += _EXTENT_BYTES * count
+        files = []
+        for path, mode, mtime_ns, content in head["files"]:
+            _check_integers(mode, mtime_ns, 0 if content is None else content)
+            files.append(ManifestFile(as_name(path.encode("latin-1")), mode, mtime_ns, content))
+        _check_integers(head["added_ns"], head["mtime_ns"], head["mode"])
         return StoredManifest(
-            head["model"].encode("latin-1"),
+            as_name(head["model"].encode("latin-1")),
             head["added_ns"],
             head["mtime_ns"],
             head["mode"],
-            tuple(
-                ManifestFile(path.encode("latin-1"), mode, mtime_ns, content)
-                for path, mode, mtime_ns, content in head["files"]
-            ),
+            tuple(files),
             tuple(contents),
         )
-    except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+    except (
+        zstandard.ZstdError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        UsageError,
+        LimitError,
+    ) as error:
         raise FormatError(
             f"the manifest in {where} is not readable: {error}",
             remedy="restore the pack from a backup",
         ) from error
+
+
+def _check_integers(*values: object) -> None:
+    """Refuse what the catalog could not hold as an integer."""
+    for value in values:
+        if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+            raise ValueError(f"{value!r:.40} where an integer is due")

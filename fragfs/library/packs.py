@@ -85,7 +85,7 @@ class PackReader:
             IntegrityError: The pack ends before that, or is another library's.
         """
         pack = self._pack(number)
-        data = self._files.read_at(pack.descriptor, size, offset)
+        data = self._read_at(number, pack, size, offset)
         if len(data) != size:
             raise IntegrityError(
                 f"pack {number} ends at byte {offset + len(data)}, a record reaches to"
@@ -95,6 +95,19 @@ class PackReader:
                 remedy="restore the pack from a backup",
             )
         return data
+
+    def _read_at(self, number: int, pack: _OpenPack, size: int, offset: int) -> bytes:
+        try:
+            return self._files.read_at(pack.descriptor, size, offset)
+        except StorageError as error:
+            raise StorageError(
+                f"pack {number} at offset {offset}: {error.message}",
+                path=str(self.path(number)),
+                errno=error.errno,
+                offset=offset,
+                retryable=error.retryable,
+                remedy=error.remedy or "restore the pack from a backup",
+            ) from error
 
     def drop_descriptors(self) -> None:
         """Close what no read is using right now."""
@@ -131,9 +144,7 @@ class PackReader:
                 if may_not
                 else "restore the pack from a backup",
             ) from error
-        header = parse_pack_header(
-            self._files.read_at(pack.descriptor, PACK_HEADER.size, 0), str(path)
-        )
+        header = parse_pack_header(self._read_at(number, pack, PACK_HEADER.size, 0), str(path))
         if header.library_uuid != self._uuid or header.pack_number != number:
             raise IntegrityError(
                 f"{path} is pack {header.pack_number} of library {header.library_uuid.hex()}",

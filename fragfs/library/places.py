@@ -265,15 +265,23 @@ class TensorPlaces:
                     size=end - start,
                     raw_size=metadata.raw_size,
                     stored_bytes=metadata.record_size,
-                    mechanism=Predictor(metadata.predictor).name.lower(),
+                    mechanism=_mechanism(metadata.predictor),
                     pack=metadata.pack,
                     offset=metadata.offset,
                     closure_size=self._closure_sizes.get(number, 1),
                     model_count=int(self._users[number]) if known else 1,
-                    bases=tuple(self._bases[base] for base in bases if base),
+                    bases=tuple(self._bases[base] for base in bases if base in self._bases),
                 )
             )
         return tuple(found)
+
+
+def _mechanism(predictor: int) -> str:
+    """The name of a predictor; a newer fragfs may store others."""
+    try:
+        return Predictor(predictor).name.lower()
+    except ValueError:
+        return f"predictor {predictor}"
 
 
 def _place(
@@ -285,7 +293,7 @@ def _place(
     offset: int,
     pieces: tuple[FragmentPlace, ...],
 ) -> TensorPlace:
-    stored_bytes = sum(piece.stored_bytes * piece.size / piece.raw_size for piece in pieces)
+    stored_bytes = sum(piece.stored_bytes * piece.size / max(piece.raw_size, 1) for piece in pieces)
     size = sum(piece.size for piece in pieces)
     return TensorPlace(path, name, kind, dtype, shape, offset, size, round(stored_bytes), pieces)
 

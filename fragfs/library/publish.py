@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fragfs.errors import NotFoundError, StorageError, UsageError
 from fragfs.library.catalog import Catalog
-from fragfs.library.extents import ExtentMap
+from fragfs.library.extents import ExtentMap, check_seal
 from fragfs.library.manifests import (
     ManifestContent,
     ManifestFile,
@@ -376,6 +376,7 @@ class _Contents:
             )
             if row is None:
                 raise NotFoundError(f"content {number} is not in the catalog")
+            check_seal(row[3], number, row[0])
             described.append((number, *row[:3], ExtentMap.parse(row[3])))
         self._load_fragments([extents for *_, extents in described])
         for number, sha256, mtime_ns, verdict, extents in described:
@@ -431,7 +432,7 @@ def _write_model(
                 content.mtime_ns,
                 numbered.stored_bytes(content.extents),
                 content.verdict,
-                content.extents.pack(),
+                content.extents.pack(content_number, content.sha256),
             )
             for content_number, content in numbered.new.items()
         ),

@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from fragfs.errors import FragmentError, IntegrityError, UsageError
+from fragfs.errors import FormatError, FragmentError, IntegrityError, NotFoundError, UsageError
 from fragfs.library.extents import OpenContent
 from fragfs.library.files import storage_error
-from fragfs.library.names import printable
+from fragfs.library.names import as_name, printable
 from fragfs.library.progress import Progress
 from fragfs.types import FileEntry
 
@@ -111,6 +111,8 @@ def verify_files(
 ) -> Iterator[VerifiedFile]:
     """Decode every file and compare its SHA-256; each distinct content is read once.
 
+    Files that are removed or replaced meanwhile are passed over.
+
     Args:
         files: (model name, file) pairs; results come in this order.
         open_content: Gives a content by number.
@@ -126,7 +128,17 @@ def verify_files(
             if file.content not in known:
                 progress.note(printable(model + b"/" + file.path))
                 known[file.content] = _problem(file, open_content, decode, pool, progress)
+            if known[file.content] is not None and _is_gone(file.content, open_content):
+                continue
             yield VerifiedFile(model, file.path, file.size, file.sha256, known[file.content])
+
+
+def _is_gone(content: int, open_content: OpenContentFunction) -> bool:
+    try:
+        open_content(content)
+    except NotFoundError:
+        return True
+    return False
 
 
 def _problem(
@@ -186,25 +198,40 @@ def export_files(
     failed: list[tuple[bytes, FragmentError]] = []
     try:
         for path, _, _ in sorted(directories):
-            (destination / os.fsdecode(path)).mkdir(parents=True, exist_ok=True)
+            _inside(destination, path).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(workers, "fragfs-decode") as pool:
             for file in files:
                 progress.note(printable(file.path))
-                target = destination / os.fsdecode(file.path)
                 try:
+                    target = _inside(destination, file.path)
                     _export_file(file, open_content(file.content), target, decode, pool, progress)
                 except FragmentError as error:
                     # One damaged file must not cost the others: they may be all that is left.
                     failed.append((file.path, error))
         for path, mode, mtime_ns in sorted(directories, reverse=True):
-            directory = destination / os.fsdecode(path)
-            directory.chmod(mode)
+            directory = _inside(destination, path)
+            directory.chmod(mode & 0o777)
             os.utime(directory, ns=(mtime_ns, mtime_ns))
     except OSError as error:
         raise storage_error(error, f"cannot export to {destination}") from error
     lost = {path for path, _ in failed}
     written = [file.size for file in files if file.path not in lost]
     return ExportReport(len(written), sum(written), tuple(failed))
+
+
+def _inside(destination: Path, path: bytes) -> Path:
+    """Where a path of a model goes: below the destination, whatever the catalog says.
+
+    Raises:
+        FormatError: It would be elsewhere.
+    """
+    try:
+        return destination / os.fsdecode(as_name(path)) if path else destination
+    except FragmentError as error:
+        raise FormatError(
+            f"the catalog is damaged: it names a file that cannot be: {error.message}",
+            remedy="restore it, with the packs, from one backup",
+        ) from error
 
 
 def _export_file(

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from fragfs.errors import FormatError, IntegrityError, LimitError
+from fragfs.errors import FormatError, IntegrityError, LimitError, UsageError
 from fragfs.types import (
     FRAGMENT_BYTES_MAX,
     LIBRARY_FORMAT_VERSION,
@@ -228,26 +228,21 @@ def parse_pack_header(data: bytes, path: str) -> PackHeader:
             path=path,
             remedy="upgrade fragfs",
         )
-    return PackHeader(
-        bytes(values["library_uuid"]),
-        int(values["pack_number"]),
-        LibraryConfig(
+    try:
+        config = LibraryConfig(
             fragment_elements=int(values["fragment_elements"]),
             closure_max=int(values["closure_max"]),
             zstd_level=int(values["zstd_level"]),
             pack_bytes_max=int(values["pack_bytes_max"]),
-            level=_level(int(values["level"]), path),
-        ),
-    )
-
-
-def _level(code: int, path: str) -> Level:
-    try:
-        return Level(code)
-    except ValueError:
+            level=Level(int(values["level"])),
+        )
+    except (UsageError, ValueError) as error:
         raise FormatError(
-            f"{path}: unknown level {code}", path=path, remedy="upgrade fragfs"
-        ) from None
+            f"{path}: settings that this fragfs does not know: {error}",
+            path=path,
+            remedy="upgrade fragfs",
+        ) from error
+    return PackHeader(bytes(values["library_uuid"]), int(values["pack_number"]), config)
 
 
 # --- records
@@ -457,7 +452,13 @@ def pack_batch_trailer(trailer: BatchTrailer) -> bytes:
 
 
 def parse_batch_trailer(data: bytes | memoryview) -> BatchTrailer:
-    """Read the fields of a trailer whose header `parse_record_header` has accepted."""
+    """Read the fields of a trailer whose header `parse_record_header` has accepted.
+
+    Raises:
+        IntegrityError: The header is too short for them.
+    """
+    if len(data) < RECORD_HEADER.size + BATCH_TRAILER.size + _CHECKSUM_BYTES:
+        raise IntegrityError("a batch trailer is too short", remedy=_DAMAGED_REMEDY)
     values = BATCH_TRAILER.unpack(data, RECORD_HEADER.size)
     generation, batch, parent, batch_offset, record_count, _, records_checksum = values
     return BatchTrailer(
@@ -543,6 +544,7 @@ def parse_index(data: bytes, where: str) -> list[IndexEntry]:
 
     Raises:
         IntegrityError: The record is damaged.
+        FormatError: It needs a newer fragfs.
     """
     header = parse_record_header(data, where)
     payload = data[header.header_size : header.record_size]
@@ -555,6 +557,11 @@ def parse_index(data: bytes, where: str) -> list[IndexEntry]:
     entries = []
     for position in range(0, len(payload), INDEX_ENTRY.size):
         fragment, offset, record_size, raw_size, kind = INDEX_ENTRY.unpack(payload, position)
+        if kind not in RecordKind.__members__.values():
+            raise FormatError(
+                f"the pack index names a record of unknown kind {kind} in {where}",
+                remedy="upgrade fragfs",
+            )
         entries.append(
             IndexEntry(
                 bytes(fragment),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
+from fragfs.errors import StorageError
 from fragfs.library.catalog import Catalog
 from fragfs.library.collect import Collector
 from fragfs.library.decode import FragmentDecoder
@@ -14,6 +16,8 @@ from fragfs.library.progress import Progress
 from fragfs.library.publish import refresh_stored_bytes
 from fragfs.library.writer import LibraryWriter
 from fragfs.types import LayerMapping, Level
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Reorganizer"]
 
@@ -70,6 +74,11 @@ class Reorganizer:
         if report.changed_count:
             with self._writer.batch() as batch:
                 refresh_stored_bytes(batch, self._catalog)
+            # Who reads the copy sees a change, and says what it needs, once the copy has it.
+            try:
+                self._writer.publish_snapshot()
+            except StorageError as error:
+                log.warning("other users see an older state of the library for now: %s", error)
         collected = self._collector.run()
         row = self._catalog.row("SELECT coalesce(sum(record_size), 0) FROM fragments")
         return replace(

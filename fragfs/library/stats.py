@@ -123,7 +123,7 @@ class FragmentTable:
         # Row by row the closures, filled up with zeros: number 0 does not exist and has no bases.
         members = numbers[:, None]
         sizes = np.ones(numbers.size, np.int64)
-        for _ in range(CLOSURE_LIMIT):
+        for _ in range(CLOSURE_LIMIT if numbers.size else 0):
             below = np.moveaxis(self.bases[:, members], 0, 2).reshape(numbers.size, -1)
             members = np.sort(np.concatenate([members, below], axis=1), axis=1)
             repeated = members[:, 1:] == members[:, :-1]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fragfs.errors import IntegrityError
 from fragfs.library.extents import OpenContent
 
 if TYPE_CHECKING:
@@ -82,7 +83,14 @@ class ContentStream(io.RawIOBase):
             skip = self._position - extent.offset
             size = min(extent.size - skip, wanted - done)
             start = extent.fragment_offset + skip
-            target[done : done + size] = self._fragment(extent.fragment)[start : start + size]
+            raw = self._fragment(extent.fragment)
+            if start + size > raw.nbytes:
+                raise IntegrityError(
+                    f"fragment {extent.fragment} has {raw.nbytes} bytes, an extent needs"
+                    f" {start + size}",
+                    remedy="restore the catalog from a backup, or add the model again",
+                )
+            target[done : done + size] = raw[start : start + size]
             self._position += size
             done += size
             index += 1

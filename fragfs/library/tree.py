@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fragfs.library.catalog import Catalog
-from fragfs.library.names import parents, split
+from fragfs.errors import FormatError, FragmentError
+from fragfs.library.catalog import FIRST_CONTENT, Catalog
+from fragfs.library.names import as_name, join, parents, printable, split
 
-__all__ = ["Directory", "File", "TreeNode", "list_directory", "lookup"]
+__all__ = ["IS_INDEXED", "Directory", "File", "TreeNode", "check_file", "list_directory", "lookup"]
+
+_CONTENT_MAX = 1 << 48
+_SIZE_MAX = 1 << 50
+"""64 TiB, the most that extents can cover."""
+
+IS_INDEXED = (
+    "(SELECT count(*) FROM files AS other INDEXED BY files_content"
+    " WHERE other.content = files.content AND other.model = files.model"
+    " AND other.directory = files.directory AND other.name = files.name)"
+)
+"""Whether the index of contents agrees about a row of `files`: a damaged row would show the bytes
+of another file, and nothing else in the catalog would tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +78,12 @@ def lookup(catalog: Catalog, path: bytes) -> TreeNode | None:
     if path == name:
         return Directory(mtime_ns, name)
     row = catalog.row(
-        "SELECT files.content, files.mtime_ns, contents.size, contents.mtime_ns FROM files"
-        " LEFT JOIN contents ON contents.number = files.content"
+        f"SELECT files.content, files.mtime_ns, contents.size, contents.mtime_ns, {IS_INDEXED}"
+        " FROM files LEFT JOIN contents ON contents.number = files.content"
         " WHERE model = ? AND directory = ? AND name = ?",
         (number, *split(path[len(name) + 1 :])),
     )
-    return _node(row, name) if row else None
+    return _node(row, name, path) if row else None
 
 
 def list_directory(catalog: Catalog, path: bytes) -> list[tuple[bytes, TreeNode]] | None:
@@ -80,21 +93,24 @@ def list_directory(catalog: Catalog, path: bytes) -> list[tuple[bytes, TreeNode]
         return None
     if node.model is not None:
         rows = catalog.rows(
-            "SELECT files.content, files.mtime_ns, contents.size, contents.mtime_ns, files.name"
+            "SELECT files.content, files.mtime_ns, contents.size, contents.mtime_ns,"
+            f" {IS_INDEXED}, files.name"
             " FROM files LEFT JOIN contents ON contents.number = files.content"
             " WHERE model = (SELECT number FROM models WHERE name = ?) AND directory = ?"
             " ORDER BY files.name",
             (node.model, path[len(node.model) + 1 :]),
         )
-        return [(row[4], _node(row, node.model)) for row in rows]
+        return [
+            (_checked(path, row[5]), _node(row, node.model, join(path, row[5]))) for row in rows
+        ]
     entries: list[tuple[bytes, TreeNode]] = [
-        (split(name)[1], Directory(mtime_ns, name))
+        (_checked(path, split(name)[1]), Directory(mtime_ns, name))
         for name, mtime_ns in catalog.rows(
             "SELECT name, mtime_ns FROM models WHERE parent = ?", (path,)
         )
     ]
     entries += [
-        (split(folder)[1], Directory(mtime_ns, None))
+        (_checked(path, split(folder)[1]), Directory(mtime_ns, None))
         for folder, mtime_ns in catalog.rows(
             "SELECT path, mtime_ns FROM folders WHERE parent = ? AND path != x''", (path,)
         )
@@ -102,8 +118,47 @@ def list_directory(catalog: Catalog, path: bytes) -> list[tuple[bytes, TreeNode]
     return sorted(entries, key=lambda entry: entry[0])
 
 
-def _node(row: tuple[int | None, ...], model: bytes) -> TreeNode:
-    content, name_mtime_ns, size, content_mtime_ns = row[:4]
-    if content is None or size is None or content_mtime_ns is None:
+def _checked(directory: bytes, name: bytes) -> bytes:
+    """A name as the catalog has it, if a directory can have it."""
+    try:
+        as_name(name)
+    except FragmentError as error:
+        raise _damaged(directory, f"an entry whose name cannot be: {error.message}") from error
+    if b"/" in name:
+        raise _damaged(directory, f"an entry whose name has a slash: {printable(name)}")
+    return name
+
+
+def check_file(path: bytes, content: int, size: int, is_indexed: int) -> None:
+    """Check what a row of `files` and its content say of a file.
+
+    Args:
+        path: The file, for messages.
+        content: The number of its content.
+        size: Its bytes.
+        is_indexed: What `IS_INDEXED` gave.
+
+    Raises:
+        FormatError: It cannot be so.
+    """
+    if not is_indexed:
+        raise _damaged(path, "the table of files and its index disagree")
+    if not FIRST_CONTENT <= content < _CONTENT_MAX or not 0 <= size <= _SIZE_MAX:
+        raise _damaged(path, f"content {content} of {size} bytes")
+
+
+def _damaged(path: bytes, what: str) -> FormatError:
+    return FormatError(
+        f"the catalog is damaged at {printable(path) or 'its root'}: {what}",
+        remedy="restore it, with the packs, from one backup",
+    )
+
+
+def _node(row: tuple[int | None, ...], model: bytes, path: bytes) -> TreeNode:
+    content, name_mtime_ns, size, content_mtime_ns, is_indexed = row[:5]
+    if content is None:
         return Directory(name_mtime_ns or 0, model)
+    if size is None or content_mtime_ns is None:
+        raise _damaged(path, f"content {content} is missing")
+    check_file(path, content, size, is_indexed or 0)
     return File(content, size, content_mtime_ns, model)

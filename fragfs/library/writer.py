@@ -559,8 +559,18 @@ class LibraryWriter:
         self._files.sync_directory(self._packs)
 
     def clean_staging(self) -> None:
-        """Remove what killed writers left unfinished. Called under the lock."""
+        """Remove what killed writers left unfinished. Called under the lock.
+
+        Raises:
+            StorageError: The directory is a link: what lies behind it is not ours to remove.
+        """
         staging = self._directory / STAGING_NAME
+        if staging.is_symlink():
+            raise StorageError(
+                f"{staging} is a link",
+                path=str(staging),
+                remedy="put a directory in its place: its files are removed by every writer",
+            )
         for name in self._files.names(staging):
             if name != _INTENT_NAME:
                 self._files.unlink(staging / name)

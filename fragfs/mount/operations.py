@@ -26,7 +26,7 @@ from fragfs.library.extents import OpenContent
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.tree import Directory, File, TreeNode
 from fragfs.mount.contents import OpenContents
-from fragfs.mount.errors import FaultLog, answering, errno_of
+from fragfs.mount.errors import FaultLog, answering
 from fragfs.mount.inodes import ROOT_INODE, Inode, InodeTable
 from fragfs.mount.reading import MountReading
 from fragfs.mount.view import Tree, join_path
@@ -123,6 +123,8 @@ class MountOperations(pyfuse3.Operations):
     @answering
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name; a missing one is never cached, so that it may appear at any time."""
+        if len(name) > _NAME_BYTES_MAX:  # the kernel's own limit for FUSE is higher
+            raise FUSEError(errno.ENAMETOOLONG)
         directory = self._directory(parent)
         node = self._tree.lookup(join_path(directory.path, name))
         if node is None:
@@ -210,8 +212,9 @@ class MountOperations(pyfuse3.Operations):
                     actual=len(data),
                 )
         except FragmentError as error:
+            # Also where a fragment is not found: the file is there, its bytes are not.
             self._report(error, content)
-            raise FUSEError(errno_of(error)) from error
+            raise FUSEError(errno.EIO) from error
         return data
 
     @answering

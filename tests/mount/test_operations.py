@@ -56,6 +56,12 @@ async def test_attributes_of_files_and_directories(operations):
     assert directory.st_nlink == 2
 
 
+async def test_a_name_that_no_file_can_have(operations):
+    model = await walk(operations, b"org", b"m")
+    assert await errno_from(operations.lookup(model.st_ino, b"n" * 255, None)) == errno.ENOENT
+    assert await errno_from(operations.lookup(model.st_ino, b"n" * 256, None)) == errno.ENAMETOOLONG
+
+
 async def test_blocks_cover_the_size(operations, library):
     for size in (0, 1, 511, 512, 513):
         library.add(b"org/m", b"s", b"x" * size)
