@@ -25,7 +25,8 @@ PUBLIC_NAMES = set(
     " ModelManifest LibraryConfig LibraryStats LIBRARY_FORMAT_VERSION Level AddOptions"
     " EstimateReport Explanation GcReport OptimizeReport FragmentSignature SignatureConfig"
     " SimilarityIndex SimilarityMatch SimilarityThreshold DEFAULT_SIMILARITY_THRESHOLD"
-    " FragmentError FormatError IntegrityError LimitError NotFoundError StorageError UsageError".split()
+    " FragmentError FormatError IntegrityError LimitError NotFoundError StorageError"
+    " UsageError".split()
 )
 
 FOREIGN_OPTIONS = {
