@@ -83,7 +83,8 @@ _CATALOG = "the catalog"
 def _check_fragments(catalog: Catalog, findings: Findings) -> None:
     rows = catalog.rows(
         "SELECT fragments.number, fragments.pack, offset + record_size,"
-        " coalesce(committed_size, 0), coalesce(state, -1), length(id) FROM fragments LEFT JOIN packs ON packs.number = fragments.pack"
+        " coalesce(committed_size, 0), coalesce(state, -1), length(id)"
+        " FROM fragments LEFT JOIN packs ON packs.number = fragments.pack"
         " WHERE length(id) != 32 OR state IS NULL OR state = ? OR offset + record_size >"
         " committed_size",
         (PackState.RETIRED,),
