@@ -214,6 +214,7 @@ class Soak:
             if chosen.random() < 0.3:
                 self._be_guest(point, chosen)  # after whatever end the one before had
             point.rmdir()
+            point.with_suffix(".log").unlink(missing_ok=True)
 
     def _be_guest(self, point: Path, chosen: random.Random) -> None:
         options = chosen.choice(
