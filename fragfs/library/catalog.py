@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
@@ -620,6 +621,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
     Raises:
         StorageError: This user may not look.
+        FormatError: It is a directory, a pipe or the like.
     """
     try:
         status = path.stat()
@@ -627,6 +629,12 @@ def _identity(path: Path) -> tuple[int, ...] | None:
         return None
     except OSError as error:
         raise storage_error(error, f"cannot look into the library in {path.parent}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(
+            f"{path} is no regular file",
+            path=str(path),
+            remedy="check the path, or restore the catalog from a backup",
+        )
     if path.name == SNAPSHOT_NAME:
         return status.st_dev, status.st_ino, status.st_mtime_ns
     return status.st_dev, status.st_ino

@@ -24,6 +24,7 @@ from fragfs.errors import FormatError, StorageError
 from fragfs.library.catalog import Catalog
 from fragfs.library.compact import Compactor
 from fragfs.library.lease import LeaseState, Ranges, live_leases, no_new_leases
+from fragfs.library.progress import Progress
 from fragfs.library.stats import FragmentTable, Numbers, kept_as_bases, named_fragments
 from fragfs.library.writer import LibraryWriter
 from fragfs.types import Predictor
@@ -160,7 +161,12 @@ class Collector:
         self._now_ns = now_ns
 
     def run(
-        self, *, grace_s: float = GRACE_S, wait_s: float = WAIT_S, dry_run: bool = False
+        self,
+        progress: Progress,
+        *,
+        grace_s: float = GRACE_S,
+        wait_s: float = WAIT_S,
+        dry_run: bool = False,
     ) -> GcReport:
         """Drop what nothing needs and give its space back; see `FragmentLibrary.collect`."""
         if dry_run:
@@ -172,7 +178,7 @@ class Collector:
         except StorageError as error:
             # It takes as much free space as the catalog has bytes; nothing else depends on it.
             log.warning("the catalog keeps its size for now: %s", error)
-        kept_packs = self._compactor.run()
+        kept_packs = self._compactor.run(progress)
         return self._report(
             marks,
             kept,

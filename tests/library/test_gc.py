@@ -684,7 +684,7 @@ def test_a_run_that_stops_between_two_parts_is_finished_by_the_next(library, mon
 def test_optimize_ends_with_a_collection(library, monkeypatch):
     calls = []
     real = Collector.run
-    monkeypatch.setattr(Collector, "run", lambda self, **o: calls.append(o) or real(self, **o))
+    monkeypatch.setattr(Collector, "run", lambda self, *a: calls.append(a) or real(self, *a))
     library.remove("second")
     library.optimize(workers=1)
     assert len(calls) == 1
