@@ -249,6 +249,7 @@ class Soak:
                 for reader in readers:
                     self._readers.finish(reader, mount, "plain")
                 mount.unmount(*(["--lazy"] if end == "lazy" else []))
+                mount.check_log()
                 return
             # Their end first: what cuts readers off is what is to be seen.
             if end == "force":
@@ -310,6 +311,7 @@ class Soak:
         if "gc" in COMMANDS:
             run("gc", "gc", "--grace", "0")  # with a mount that nobody reads through
         steady.unmount()
+        steady.check_log()
         self._check_no_processes()
         if "check" in COMMANDS:
             run("check", "check")
