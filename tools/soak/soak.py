@@ -40,7 +40,7 @@ _DAEMON_SPARE_BYTES = 64 << 20
 _DAEMON_SPARE_DESCRIPTORS = 1100
 """A daemon holds 64 MiB of fragments as open files, here of 64 KiB each, and up to 128 packs."""
 
-_AFRESH_FACTOR_MAX = 1.10
+_AFRESH_FACTOR_MAX = 1.05
 _AFRESH_SPARE_BYTES = 2 << 20
 """A library that went through all this, compared with one built of the same models: packs are left
 alone that have little to give back, and other bases were there when models came."""
