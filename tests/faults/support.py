@@ -78,6 +78,10 @@ def make_libraries(place: Path) -> None:
     (place / "empty" / "lib").mkdir(parents=True)
     (place / "sources").mkdir()
     make_family(place)
+    shutil.copytree(place / "family", place / "half")
+    with FragmentLibrary.open(place / "half" / "lib") as library:
+        library.remove("tuned")
+        assert library.stats().unreferenced_bytes, "and some of it predicts what stays"
     for golden in GOLDEN.glob("format*"):
         directory = place / golden.name
         with tarfile.open(golden / "library.tar.gz") as archive:
@@ -89,14 +93,15 @@ def make_family(place: Path) -> None:
     """A library with a base that came last, and much that no model needs; two models to add."""
     sources = place / "sources"
     rng = np.random.default_rng(3)
-    weights = {"up.weight": (rng.standard_normal((60, 256)) * 0.02).astype(np.float32)}
+    # Larger than the files that are not cut, so that there is something to predict.
+    weights = {"up.weight": (rng.standard_normal((72, 256)) * 0.02).astype(np.float32)}
     base = write_model(sources / "base", weights)
     (base / "sub").mkdir()
     (base / "sub" / "notes.txt").write_bytes(b"notes " * 20)
     write_model(sources / "tuned", tuned(weights, 1))
     int8 = write_model(sources / "int8", quantized(weights), "I8")
     # All but fills a pack: the next add seals it, and begins another one.
-    (int8 / "noise.bin").write_bytes(rng.bytes(735_000))
+    (int8 / "noise.bin").write_bytes(rng.bytes(750_000))
     gone = write_model(
         sources / "gone", {"x": (rng.standard_normal((120, 256)) * 0.02).astype("f4")}
     )

@@ -46,7 +46,7 @@ COMMANDS = {
     "add": Command(("add", "{sources}/new", "{sources}/other", "--workers", "1"), with_new),
     "rm": Command(("rm", "base"), without("base")),
     "mv": Command(("mv", "tuned", "org/tuned"), renamed),
-    "gc": Command(("gc", "--grace", "0"), same),
+    "gc": Command(("gc", "--grace", "0"), same, "half"),
     "optimize": Command(("optimize", "--workers", "1"), same),
     "optimize --level": Command(("optimize", "--workers", "1", "--level", "fast"), same),
     "migrate 1": Command(("ls",), same, "format1"),
