@@ -23,9 +23,10 @@ CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 PUBLIC_NAMES = set(
     "FragmentLibrary Fragment FragmentId FragmentMetadata FragmentType LayerMapping TensorRef"
     " ModelManifest LibraryConfig LibraryStats LIBRARY_FORMAT_VERSION Level AddOptions"
-    " EstimateReport Explanation GcReport OptimizeReport FragmentSignature SignatureConfig SimilarityIndex"
-    " SimilarityMatch SimilarityThreshold DEFAULT_SIMILARITY_THRESHOLD FragmentError FormatError"
-    " IntegrityError LimitError NotFoundError StorageError UsageError".split()
+    " EstimateReport Explanation GcReport OptimizeReport FragmentSignature SignatureConfig"
+    " SimilarityIndex SimilarityMatch SimilarityThreshold DEFAULT_SIMILARITY_THRESHOLD"
+    " FragmentError FormatError IntegrityError LimitError NotFoundError StorageError"
+    " UsageError".split()
 )
 
 FOREIGN_OPTIONS = {

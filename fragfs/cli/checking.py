@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from fragfs.cli.environment import default_state
 from fragfs.cli.options import (
     EXIT_FAILED,
     Session,
@@ -18,10 +20,11 @@ from fragfs.cli.options import (
 )
 from fragfs.cli.tables import format_bytes, format_count
 from fragfs.cli.terminal import emit_json, json_name, remark, say, show_name
-from fragfs.errors import UsageError
+from fragfs.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from fragfs.library.readback import VerifiedFile
+    from fragfs.library.library import FragmentLibrary
+    from fragfs.library.verify import VerifiedFile, VerifyState
 
 __all__ = ["export_command", "verify_command"]
 
@@ -30,6 +33,7 @@ __all__ = ["export_command", "verify_command"]
     "verify",
     epilog=example(
         "fragfs verify",
+        "fragfs verify --resume",
         "fragfs verify all-MiniLM-L6-v2 --sha256sum > SHA256SUMS",
     ),
 )
@@ -40,16 +44,36 @@ __all__ = ["export_command", "verify_command"]
     is_flag=True,
     help="Print a line per good file, as 'sha256sum -c' reads it.",
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Files read at once, and threads that decode. [default: one per core]",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an interrupted run stopped, if the library has not changed since.",
+)
 @json_option
 @shared_options()
 @pass_session
-def verify_command(session: Session, model: str | None, as_sums: bool, as_json: bool) -> int:
+def verify_command(
+    session: Session,
+    *,
+    model: str | None,
+    as_sums: bool,
+    jobs: int | None,
+    resume: bool,
+    as_json: bool,
+) -> int:
     """Decode everything and compare it with its SHA-256.
 
     Without MODEL, every file of the library.
 
     Every failure is named on standard error, with the fragment, the place in its pack and what to
-    do; then the exit status is 1. With --sha256sum, paths are relative to the model's directory,
+    do; then the exit status is 1. An interrupted run can go on with --resume: what it has found
+    good is not read again. With --sha256sum, paths are relative to the model's directory,
     or to the mount point where no MODEL is given.
     """
     if as_sums and as_json:
@@ -59,13 +83,20 @@ def verify_command(session: Session, model: str | None, as_sums: bool, as_json: 
     name = os.fsencode(model).rstrip(b"/") if model else None
     results: list[VerifiedFile] = []
     with session.open_library() as library, show_progress(session) as progress:
-        for result in library.verify(name, progress):
-            results.append(result)
-            if result.error is not None:
-                remark(f"fragfs: {json_name(_full_name(result))}: {result.error}")
-            elif as_sums:
-                path = result.path if name is not None else _full_name(result)
-                say(format_sum(path, result.sha256))
+        state = _open_state(library, resume=resume)
+        if resume and not (state and state.done):
+            remark("fragfs: there is nothing to resume: everything is read")
+        # Closed by hand: an interruption must stop its threads now, not when it is collected.
+        with closing(library.verify(name, progress, jobs, state)) as verified:
+            for result in verified:
+                results.append(result)
+                if result.error is not None:
+                    remark(f"fragfs: {json_name(_full_name(result))}: {result.error}")
+                elif as_sums:
+                    path = result.path if name is not None else _full_name(result)
+                    say(format_sum(path, result.sha256))
+        if state is not None:
+            state.finish()
     failed = [result for result in results if result.error is not None]
     if as_json:
         emit_json(_results_as_json(results))
@@ -73,8 +104,21 @@ def verify_command(session: Session, model: str | None, as_sums: bool, as_json: 
         counts = format_count(len(results), "file")
         size = format_bytes(sum(result.size for result in results))
         outcome = f"{len(failed)} FAILED" if failed else "all as they were added"
+        resumed = sum(result.resumed for result in results)
+        if resumed:
+            outcome += f"; {format_count(resumed, 'file')} of these before the interruption"
         say(f"verified {counts}, {size}: {outcome}")
     return EXIT_FAILED if failed else 0
+
+
+def _open_state(library: FragmentLibrary, *, resume: bool) -> VerifyState | None:
+    """Where this run writes down how far it got; None if this user has no place for that."""
+    try:
+        return library.verify_state(default_state() / f"verify-{library.uuid.hex()}", resume=resume)
+    except StorageError:
+        if resume:
+            raise
+        return None
 
 
 def _full_name(result: VerifiedFile) -> bytes:
@@ -91,6 +135,7 @@ def format_sum(path: bytes, sha256: bytes) -> str:
 def _results_as_json(results: list[VerifiedFile]) -> dict[str, object]:
     return {
         "file_count": len(results),
+        "resumed_count": sum(result.resumed for result in results),
         "failed_count": sum(result.error is not None for result in results),
         "logical_bytes": sum(result.size for result in results),
         "files": [

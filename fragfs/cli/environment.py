@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["LIBRARY_VARIABLE", "default_cache", "default_library", "default_log_file"]
+__all__ = [
+    "LIBRARY_VARIABLE",
+    "default_cache",
+    "default_library",
+    "default_log_file",
+    "default_state",
+]
 
 LIBRARY_VARIABLE = "FRAGFS_LIBRARY"
 """Names the library when `--library` is not given."""
@@ -27,6 +33,13 @@ def default_cache() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("fragfs") / "fragments"
+
+
+def default_state() -> Path:
+    """Where commands keep what they need to go on after an interruption."""
+    import platformdirs
+
+    return platformdirs.user_state_path("fragfs")
 
 
 def default_log_file() -> Path | None:

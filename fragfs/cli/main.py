@@ -41,6 +41,7 @@ COMMANDS = {
     "doctor": "fragfs.cli.diagnosing",
     "export": "fragfs.cli.checking",
     "verify": "fragfs.cli.checking",
+    "check": "fragfs.cli.inspecting",
     "rm": "fragfs.cli.changing",
     "mv": "fragfs.cli.changing",
     "gc": "fragfs.cli.collecting",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
@@ -36,12 +37,17 @@ from fragfs.types import (
 __all__ = [
     "APPLICATION_ID",
     "CATALOG_NAME",
+    "CATALOG_REMEDY",
     "FIRST_CONTENT",
+    "NO_PACK",
     "SCHEMA",
     "SNAPSHOT_NAME",
     "Catalog",
     "create_catalog",
 ]
+
+NO_PACK = 0
+"""Stands for the pack of a fragment that files need and no pack has any more."""
 
 CATALOG_NAME = "catalog.sqlite"
 SNAPSHOT_NAME = "catalog.snapshot"
@@ -154,6 +160,12 @@ _MIGRATIONS = {
 }
 """What brings a catalog of a version to the next one."""
 
+CATALOG_REMEDY = (
+    "restore it, with the packs, from one backup, or make a new one from the packs with: fragfs"
+    " check --rebuild"
+)
+"""What to do about a damaged catalog."""
+
 _OFFSET_MAX = 1 << 48
 
 _ASKED_STEP = 8
@@ -219,7 +231,7 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         raise FormatError(
             f"catalog {path} is damaged: {error}",
             path=str(path),
-            remedy="restore it, with the packs, from one backup",
+            remedy=CATALOG_REMEDY,
         ) from error
 
 
@@ -262,10 +274,16 @@ class Catalog:
         self._process = os.getpid()
         self._identity = _identity(self.path)
         if self._identity is None:
+            lost = (directory / "packs").is_dir()
             raise NotFoundError(
-                f"no fragfs library in {directory}",
+                f"the library in {directory} has lost its {CATALOG_NAME}"
+                if lost
+                else f"no fragfs library in {directory}",
                 path=str(directory),
-                remedy=f"create one with: fragfs init {directory}",
+                remedy="put it back from a backup of the whole library, or make a new one from the"
+                f" packs with: fragfs --library {directory} check --rebuild"
+                if lost
+                else f"create one with: fragfs init {directory}",
             )
         try:
             self.connection()
@@ -286,7 +304,7 @@ class Catalog:
             raise FormatError(
                 f"{self.path} is not the catalog of a fragfs library",
                 path=str(self.path),
-                remedy="check the path, or restore the catalog from a backup",
+                remedy=f"check the path; if it is a library, {CATALOG_REMEDY}",
             )
         if version in _MIGRATIONS and self.read_only:
             raise FormatError(
@@ -468,7 +486,7 @@ class Catalog:
         return FormatError(
             f"catalog {self.path} is damaged: {what}",
             path=str(self.path),
-            remedy="restore it, with the packs, from one backup",
+            remedy=CATALOG_REMEDY,
         )
 
     def data_version(self) -> int:
@@ -491,7 +509,7 @@ class Catalog:
             raise FormatError(
                 f"catalog {self.path} lacks the library's settings",
                 path=str(self.path),
-                remedy="restore it, with the packs, from one backup",
+                remedy=CATALOG_REMEDY,
             )
         uuid, elements, closure, zstd_level, pack_bytes, level = found
         try:
@@ -536,7 +554,7 @@ class Catalog:
         number, fragment, pack, offset, record_size, raw_size, predictor = row
         if (
             len(fragment) != 32
-            or pack < 1
+            or pack < NO_PACK
             or not 0 <= offset <= _OFFSET_MAX
             or not 0 < record_size <= FRAGMENT_BYTES_MAX + RECORD_HEADER_BYTES_MAX
             or not 0 <= raw_size <= FRAGMENT_BYTES_MAX
@@ -580,6 +598,10 @@ class Catalog:
             )
         ]
 
+    def quarantined(self) -> set[int]:
+        """The fragments whose stored bytes were found damaged and not replaced since."""
+        return {number for (number,) in self.rows("SELECT fragment FROM quarantine")}
+
     def next_number(self, table: str) -> int:
         """The first number of an AUTOINCREMENT table that was never used."""
         found = self.row("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
@@ -591,6 +613,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
     Raises:
         StorageError: This user may not look.
+        FormatError: It is a directory, a pipe or the like.
     """
     try:
         status = path.stat()
@@ -598,6 +621,12 @@ def _identity(path: Path) -> tuple[int, ...] | None:
         return None
     except OSError as error:
         raise storage_error(error, f"cannot look into the library in {path.parent}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(
+            f"{path} is no regular file",
+            path=str(path),
+            remedy="check the path, or restore the catalog from a backup",
+        )
     if path.name == SNAPSHOT_NAME:
         return status.st_dev, status.st_ino, status.st_mtime_ns
     return status.st_dev, status.st_ino

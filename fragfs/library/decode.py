@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from fragfs.codec.encoding import decode
 from fragfs.codec.selftest import check_decoder
 from fragfs.errors import FormatError, FragmentError, IntegrityError, NotFoundError
-from fragfs.library.catalog import Catalog
+from fragfs.library.catalog import NO_PACK, Catalog
 from fragfs.library.closure import CLOSURE_LIMIT
 from fragfs.library.packs import PackReader
 from fragfs.library.records import checksum, parse_fragment_record
@@ -80,6 +80,13 @@ class FragmentDecoder:
             IntegrityError: The record is damaged, or is another fragment's.
             StorageError: The pack cannot be read.
         """
+        if metadata.pack == NO_PACK:
+            raise IntegrityError(
+                f"fragment {metadata.id.short}: no pack has its record any more",
+                fragment=metadata.id.hex(),
+                remedy="add a model that holds these bytes again, or restore the library from a"
+                " backup",
+            )
         data = self._packs.read(metadata.pack, metadata.offset, metadata.record_size)
         try:
             fragment = parse_fragment_record(data, where(metadata), check_stored=check_stored)
@@ -241,6 +248,8 @@ class FragmentDecoder:
     def check_closure(self, metadata: FragmentMetadata, checked: set[int]) -> None:
         """Check the stored bytes of a fragment and of all that its prediction reads.
 
+        What is in quarantine counts as damaged, whatever its checksum says.
+
         Args:
             metadata: The fragment.
             checked: Numbers of fragments known to be good; what is found good is added.
@@ -265,6 +274,16 @@ class FragmentDecoder:
         if metadata.number in checked:
             return
         fragment = self.read_record(metadata)
+        row = self._catalog.row(
+            "SELECT reason FROM quarantine WHERE fragment = ?", (metadata.number,)
+        )
+        if row is not None:
+            raise IntegrityError(
+                f"fragment {metadata.id.short} in {where(metadata)} is in quarantine: {row[0]}",
+                fragment=metadata.id.hex(),
+                offset=metadata.offset,
+                remedy=_REMEDY,
+            )
         for base in fragment.bases:
             self._check_closure(
                 self._base(base, metadata, above), checked, (*above, metadata), seen

@@ -181,7 +181,8 @@ class OsFiles:
     @_translated
     def open_read(self, path: Path) -> int:
         """See `Files`."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK a pipe in the place of a file would hold its reader forever.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     @_translated
     def read_at(self, descriptor: int, size: int, offset: int) -> bytes:

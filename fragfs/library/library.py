@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -35,6 +35,7 @@ from fragfs.library.publish import (
     publish_move,
     publish_path_removal,
     publish_removal,
+    refresh_stored_bytes,
 )
 from fragfs.library.writer import Batch, LibraryWriter
 from fragfs.types import (
@@ -55,15 +56,20 @@ if TYPE_CHECKING:
     from fragfs.library.decode import DecodedSource, FragmentDecoder
     from fragfs.library.estimate import EstimateReport
     from fragfs.library.explain import Explanation
+    from fragfs.library.findings import CheckReport
     from fragfs.library.ingest import Ingester
     from fragfs.library.optimize import OptimizeReport
-    from fragfs.library.readback import ExportReport, VerifiedFile
+    from fragfs.library.readback import ExportReport
+    from fragfs.library.rebuild import RebuildReport
+    from fragfs.library.verify import VerifiedFile, VerifyState
 
 __all__ = ["FragmentLibrary"]
 
 log = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT_S = 60.0
+_VERIFY_RECENT_BYTES_MAX = 192 << 20
+"""Decoded fragments kept while files are verified: what several of them have in common."""
 
 
 class FragmentLibrary:
@@ -145,6 +151,37 @@ class FragmentLibrary:
             StorageError: It cannot be read.
         """
         return cls(path, files=files, lock_timeout_s=lock_timeout_s)
+
+    @classmethod
+    def rebuild(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        files: Files | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
+        lock_timeout_s: float = _LOCK_TIMEOUT_S,
+        progress: Progress = NO_PROGRESS,
+    ) -> RebuildReport:
+        """Make a new catalog from the packs alone; the old one is kept under another name.
+
+        Args:
+            path: The library's directory.
+            files: How to read and write; the real file system by default.
+            now_ns: The clock.
+            lock_timeout_s: How long to wait for a writer.
+            progress: Told about bytes read.
+
+        Raises:
+            NotFoundError: There are no packs.
+            StorageError: The library is mounted or in use, or something cannot be written.
+        """
+        from fragfs.library.rebuild import Rebuilder
+
+        files = files or OsFiles()
+        report = Rebuilder(files, Path(path), lock_timeout_s, now_ns, progress).run()
+        with cls(path, files=files, lock_timeout_s=lock_timeout_s) as library:
+            library._publish_snapshot()
+        return report
 
     def close(self) -> None:
         """Close the catalog and the packs; other threads must have stopped using them."""
@@ -276,6 +313,13 @@ class FragmentLibrary:
         Compare only values that the same thread got.
         """
         return self._catalog.data_version()
+
+    def close_removed_packs(self) -> None:
+        """Let go of packs that were given back, so that their space is free; who lives long does.
+
+        Takes a microsecond for each open pack, of which there are not many.
+        """
+        self._packs.drop_removed()
 
     # --- the tree
 
@@ -432,7 +476,11 @@ class FragmentLibrary:
         try:
             # Fragments are stored before a model names them: nobody shall drop them meanwhile.
             with hold_lease(self.path, "add"):
-                return adder.run(paths, options)
+                report = adder.run(paths, options)
+            if report.healed:
+                with self._writer.batch() as batch:
+                    refresh_stored_bytes(batch, self._catalog)
+            return report
         finally:
             if self._catalog.generation() != before:
                 self._publish_snapshot()
@@ -533,6 +581,7 @@ class FragmentLibrary:
 
     def collect(
         self,
+        progress: Progress = NO_PROGRESS,
         *,
         grace_s: float | None = None,
         wait_s: float | None = None,
@@ -543,6 +592,7 @@ class FragmentLibrary:
         Mounts and readers may stay: what they have open stays readable to the last byte.
 
         Args:
+            progress: Told about bytes copied out of packs that are given back.
             grace_s: What an add stored and no model names stays for so long after it was stored,
                 so that a killed add can be resumed; a day by default.
             wait_s: How long mounts may take to say what they still need of what was removed; what
@@ -555,6 +605,7 @@ class FragmentLibrary:
         from fragfs.library.collect import GRACE_S, WAIT_S
 
         return self._collector().run(
+            progress,
             grace_s=GRACE_S if grace_s is None else grace_s,
             wait_s=WAIT_S if wait_s is None else wait_s,
             dry_run=dry_run,
@@ -594,6 +645,46 @@ class FragmentLibrary:
         """The number of the change committed last."""
         return self._catalog.generation()[0]
 
+    # --- the library as a whole
+
+    def check(
+        self,
+        *,
+        data: bool = False,
+        repair: bool = False,
+        progress: Progress = NO_PROGRESS,
+        workers: int | None = None,
+    ) -> CheckReport:
+        """Compare catalog and packs with the format's rules and their checksums.
+
+        Args:
+            data: Also decode everything, and compare ids and SHA-256.
+            repair: Mend what can be derived again, and put damaged fragments in quarantine.
+            progress: Told about bytes read and decoded.
+            workers: Threads that decode; one per core by default.
+
+        Raises:
+            StorageError: Something cannot be read for now, or, to repair, not be written.
+        """
+        from fragfs.library.check import Checker
+        from fragfs.library.repair import Repairer
+
+        checker = Checker(
+            self._files,
+            self.path,
+            self._catalog,
+            lambda: self._decoder,
+            self._writer,
+            self.uuid,
+            self.config,
+            workers or _cores(),
+            progress,
+        )
+        repairer = Repairer(
+            self._files, self.path, self._catalog, self._packs, self._writer, checker, self._now_ns
+        )
+        return repairer.repair(data=data) if repair else repairer.check(data=data)
+
     # --- whole models
 
     def verify(
@@ -601,25 +692,53 @@ class FragmentLibrary:
         name: str | bytes | None = None,
         progress: Progress = NO_PROGRESS,
         workers: int | None = None,
-    ) -> Iterator[VerifiedFile]:
+        state: VerifyState | None = None,
+    ) -> Generator[VerifiedFile, None, None]:
         """Decode every file of a model (or of all) and compare it with its recorded SHA-256.
 
-        What is removed meanwhile is passed over.
+        Args:
+            name: The model; None for all.
+            progress: Told about bytes decoded.
+            workers: How many threads decode, and how many files are read at once; one per core by
+                default.
+            state: What an interrupted run has found good; see `verify_state`.
 
         Raises:
             NotFoundError: No such model.
         """
-        from fragfs.library.readback import verify_files
+        from fragfs.library.recent import RecentFragments
+        from fragfs.library.verify import verify_files
 
+        recent = RecentFragments(_VERIFY_RECENT_BYTES_MAX)
+        decoder = self._decoder
         models = [self.model(name)] if name is not None else self.models()
         files: list[tuple[bytes, FileEntry]] = []
         for model in models:
             with suppress(NotFoundError):
                 files += [(model.name, entry) for entry in self.files(model.name)]
         verified = verify_files(
-            files, self.open_content, self._decode_cold, workers or _cores(), progress
+            files,
+            self.open_content,
+            lambda number: decoder.decode(number, recent),
+            workers or _cores(),
+            progress,
+            state,
         )
         return leased(self.path, "verify", verified)
+
+    def verify_state(self, path: Path, *, resume: bool) -> VerifyState:
+        """Where a run of `verify` writes down how far it got, for the library as it is now.
+
+        Args:
+            path: The file.
+            resume: Whether to go on where an interrupted run stopped.
+
+        Raises:
+            StorageError: The file cannot be made.
+        """
+        from fragfs.library.verify import VerifyState
+
+        return VerifyState(path, self.uuid, self._catalog.generation()[1], resume=resume)
 
     def export(
         self,

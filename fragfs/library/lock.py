@@ -61,9 +61,15 @@ def _acquire(
 
 def _holder(path: Path) -> str:
     try:
-        text = path.read_bytes()[:200].decode("utf-8", "replace").strip()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return "an unknown process"
+    try:
+        text = os.read(descriptor, 200).decode("utf-8", "replace").strip()
     except OSError:
         text = ""
+    finally:
+        os.close(descriptor)
     return text or "an unknown process"
 
 

@@ -275,6 +275,8 @@ class Optimizer:
 
     def _member(self, number: int) -> _Member | None:
         """A fragment, decoded; None if it is damaged, or has no numbers to compare."""
+        if self._catalog.row("SELECT 1 FROM quarantine WHERE fragment = ?", (number,)):
+            return None
         try:
             metadata = self._catalog.fragment(number)
             raw, dtype = self._decode(number)

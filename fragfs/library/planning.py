@@ -209,6 +209,7 @@ class BasePlanner:
         closures = Closures(self._bases_of)
         if signature is not None:
             limit = self._config.closure_max
+            exclude = {*exclude, *self._catalog.quarantined()}
             found = self._candidates(signature, dtype, exclude, closures, numbers)
 
             def may_combine(indices: Sequence[int]) -> bool:

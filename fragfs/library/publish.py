@@ -32,6 +32,7 @@ __all__ = [
     "NewContent",
     "RemoveReport",
     "check_new_name",
+    "current_manifest",
     "load_draft",
     "pack_current_manifest",
     "publish_model",
@@ -273,14 +274,23 @@ def publish_move(batch: Batch, catalog: Catalog, old: bytes, new: bytes, now_ns:
     batch.commit(apply)
 
 
+def current_manifest(catalog: Catalog, name: bytes) -> StoredManifest:
+    """A model as it is now.
+
+    Raises:
+        NotFoundError: No such model.
+    """
+    draft = load_draft(catalog, name)
+    return _manifest(draft, _Contents(catalog, draft))
+
+
 def pack_current_manifest(catalog: Catalog, name: bytes) -> bytes:
     """The payload of a MANIFEST record of a model as it is now.
 
     Raises:
         NotFoundError: No such model.
     """
-    draft = load_draft(catalog, name)
-    return pack_manifest(_manifest(draft, _Contents(catalog, draft)))
+    return pack_manifest(current_manifest(catalog, name))
 
 
 def _manifest(draft: ModelDraft, numbered: _Contents) -> StoredManifest:

@@ -1,4 +1,4 @@
-"""Reading whole files back: verify, export, and the check before sources are removed.
+"""Reading whole files back, and export.
 
 Contents stream in order: a bounded window of fragments is decoded in threads ahead of the consumer,
 so memory stays small and all cores work.
@@ -15,38 +15,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from fragfs.errors import FormatError, FragmentError, IntegrityError, NotFoundError, UsageError
+from fragfs.errors import FormatError, FragmentError, IntegrityError, UsageError
+from fragfs.library.catalog import CATALOG_REMEDY
 from fragfs.library.extents import OpenContent
 from fragfs.library.files import storage_error
 from fragfs.library.names import as_name, printable
 from fragfs.library.progress import Progress
 from fragfs.types import FileEntry
 
-__all__ = ["ExportReport", "VerifiedFile", "export_files", "read_content", "verify_files"]
+__all__ = ["WINDOW_BYTES_MAX", "ExportReport", "export_files", "read_content"]
 
-_WINDOW_BYTES_MAX = 64 << 20
+WINDOW_BYTES_MAX = 64 << 20
+"""Bytes of fragments decoded ahead of whoever reads."""
 
 OpenContentFunction = Callable[[int], OpenContent]
 DecodeFunction = Callable[[int], memoryview]
-
-
-@dataclass(frozen=True, slots=True)
-class VerifiedFile:
-    """One file, decoded and compared with its recorded SHA-256.
-
-    Attributes:
-        model: The model's name.
-        path: Path inside the model.
-        size: Bytes of the file.
-        sha256: The recorded digest.
-        error: What is wrong; None if the file is good.
-    """
-
-    model: bytes
-    path: bytes
-    size: int
-    sha256: bytes
-    error: FragmentError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +48,18 @@ class ExportReport:
 
 
 def read_content(
-    content: OpenContent, decode: DecodeFunction, pool: ThreadPoolExecutor
+    content: OpenContent,
+    decode: DecodeFunction,
+    pool: ThreadPoolExecutor,
+    window_bytes: int = WINDOW_BYTES_MAX,
 ) -> Iterator[memoryview]:
     """The bytes of a content, front to back, decoded ahead in `pool`.
+
+    Args:
+        content: The content.
+        decode: Decodes a fragment by number.
+        pool: Threads that decode.
+        window_bytes: How much to decode ahead.
 
     Raises:
         FragmentError: From the decode that failed.
@@ -76,7 +68,7 @@ def read_content(
     waiting_bytes = 0
     try:
         for extent in content.extents:
-            while waiting and waiting_bytes + extent.size > _WINDOW_BYTES_MAX:
+            while waiting and waiting_bytes + extent.size > window_bytes:
                 start, size, future = waiting.popleft()
                 waiting_bytes -= size
                 yield future.result()[start : start + size]
@@ -90,77 +82,6 @@ def read_content(
     finally:
         for _, _, future in waiting:
             future.cancel()
-
-
-def _digest(
-    content: OpenContent, decode: DecodeFunction, pool: ThreadPoolExecutor, progress: Progress
-) -> bytes:
-    digest = hashlib.sha256()
-    for piece in read_content(content, decode, pool):
-        digest.update(piece)
-        progress.advance(len(piece))
-    return digest.digest()
-
-
-def verify_files(
-    files: Sequence[tuple[bytes, FileEntry]],
-    open_content: OpenContentFunction,
-    decode: DecodeFunction,
-    workers: int,
-    progress: Progress,
-) -> Iterator[VerifiedFile]:
-    """Decode every file and compare its SHA-256; each distinct content is read once.
-
-    Files that are removed or replaced meanwhile are passed over.
-
-    Args:
-        files: (model name, file) pairs; results come in this order.
-        open_content: Gives a content by number.
-        decode: Decodes a fragment by number.
-        workers: Threads that decode.
-        progress: Told about bytes decoded.
-    """
-    sizes = {file.content: file.size for _, file in files}
-    progress.start("verifying", sum(sizes.values()))
-    known: dict[int, FragmentError | None] = {}
-    with ThreadPoolExecutor(workers, "fragfs-decode") as pool:
-        for model, file in files:
-            if file.content not in known:
-                progress.note(printable(model + b"/" + file.path))
-                known[file.content] = _problem(file, open_content, decode, pool, progress)
-            if known[file.content] is not None and _is_gone(file.content, open_content):
-                continue
-            yield VerifiedFile(model, file.path, file.size, file.sha256, known[file.content])
-
-
-def _is_gone(content: int, open_content: OpenContentFunction) -> bool:
-    try:
-        open_content(content)
-    except NotFoundError:
-        return True
-    return False
-
-
-def _problem(
-    file: FileEntry,
-    open_content: OpenContentFunction,
-    decode: DecodeFunction,
-    pool: ThreadPoolExecutor,
-    progress: Progress,
-) -> FragmentError | None:
-    try:
-        found = _digest(open_content(file.content), decode, pool, progress)
-    except FragmentError as error:
-        return error
-    if found == file.sha256:
-        return None
-    return IntegrityError(
-        f"{printable(file.path)}: SHA-256 differs although every fragment is intact",
-        path=os.fsdecode(file.path),
-        expected=file.sha256.hex(),
-        actual=found.hex(),
-        remedy="restore the catalog from a backup, or add the file again",
-    )
 
 
 def export_files(
@@ -230,7 +151,7 @@ def _inside(destination: Path, path: bytes) -> Path:
     except FragmentError as error:
         raise FormatError(
             f"the catalog is damaged: it names a file that cannot be: {error.message}",
-            remedy="restore it, with the packs, from one backup",
+            remedy=CATALOG_REMEDY,
         ) from error
 
 

@@ -29,6 +29,7 @@ from fragfs.types import (
 
 __all__ = [
     "BATCH_TRAILER",
+    "FOOTER_MAGIC",
     "FRAGMENT_HEADER",
     "INDEX_ENTRY",
     "PACK_FOOTER",
@@ -36,6 +37,7 @@ __all__ = [
     "PACK_MAGIC",
     "RECORD_HEADER",
     "RECORD_HEADER_BYTES_MAX",
+    "RECORD_MAGIC",
     "RETIRED_BATCH",
     "BatchTrailer",
     "IndexEntry",

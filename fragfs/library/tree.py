@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fragfs.errors import FormatError, FragmentError
-from fragfs.library.catalog import FIRST_CONTENT, Catalog
+from fragfs.library.catalog import CATALOG_REMEDY, FIRST_CONTENT, Catalog
 from fragfs.library.names import as_name, join, parents, printable, split
 
 __all__ = ["IS_INDEXED", "Directory", "File", "TreeNode", "check_file", "list_directory", "lookup"]
@@ -150,7 +150,7 @@ def check_file(path: bytes, content: int, size: int, is_indexed: int) -> None:
 def _damaged(path: bytes, what: str) -> FormatError:
     return FormatError(
         f"the catalog is damaged at {printable(path) or 'its root'}: {what}",
-        remedy="restore it, with the packs, from one backup",
+        remedy=CATALOG_REMEDY,
     )
 
 

@@ -45,10 +45,17 @@ from fragfs.types import Fragment, FragmentId, FragmentMetadata, LibraryConfig
 if TYPE_CHECKING:
     from fragfs.similarity.signature import FragmentSignature
 
-__all__ = ["STAGING_NAME", "Batch", "LibraryWriter", "Replacement"]
+__all__ = [
+    "INTENT_NAME",
+    "STAGING_NAME",
+    "Batch",
+    "LibraryWriter",
+    "Replacement",
+    "read_intents",
+]
 
 STAGING_NAME = "staging"
-_INTENT_NAME = "batch.intent"
+INTENT_NAME = "batch.intent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,7 @@ class Batch:
         self._signatures: dict[int, FragmentSignature | None] = {}
         self._retired: set[int] = set()
         self._dropped: list[int] = []
+        self._healed: set[int] = set()
         self._committing = False
         self._record_count = 0
         self._batch_offset = 0
@@ -173,6 +181,7 @@ class Batch:
         for change in changes:
             metadata = self._append(change.fragment, change.number)
             self._moved[change.number] = metadata
+            self._healed.add(change.number)
             self._bases[change.number] = bases[change.number]
             if change.signature is not None:
                 self._signatures[change.number] = change.signature
@@ -298,10 +307,10 @@ class Batch:
                 ),
             )
             connection.executemany(
-                "UPDATE fragments SET pack = ?, offset = ?, record_size = ?, predictor = ?"
-                " WHERE number = ?",
+                "UPDATE fragments SET pack = ?, offset = ?, record_size = ?, raw_size = ?,"
+                " predictor = ? WHERE number = ?",
                 (
-                    (m.pack, m.offset, m.record_size, m.predictor, m.number)
+                    (m.pack, m.offset, m.record_size, m.raw_size, m.predictor, m.number)
                     for m in self._moved.values()
                 ),
             )
@@ -315,6 +324,9 @@ class Batch:
                     for number, bases in self._bases.items()
                     for position, base in enumerate(bases)
                 ),
+            )
+            connection.executemany(
+                "DELETE FROM quarantine WHERE fragment = ?", ((number,) for number in self._healed)
             )
             self._insert_signatures(connection)
             self._delete_dropped(connection)
@@ -479,7 +491,7 @@ class LibraryWriter:
         Raises:
             FormatError: The catalog is older than its packs.
         """
-        intended = self._read_intents()
+        intended = self.interrupted_batches()
         rows = {
             row[0]: row
             for row in self.catalog.rows(
@@ -516,7 +528,8 @@ class LibraryWriter:
                     f"the catalog is older than its packs: {path} holds a batch (generation"
                     f" {trailer.generation}) that the catalog has never seen",
                     path=str(path),
-                    remedy="restore catalog.sqlite from the same backup as the packs",
+                    remedy="put back the catalog.sqlite of the same backup as the packs, or make a"
+                    " new one from them with: fragfs check --rebuild",
                 )
 
     # --- the note that explains an interrupted commit
@@ -527,32 +540,25 @@ class LibraryWriter:
         Earlier notes stay until a commit succeeds: that commit marks all leftovers abandoned.
         """
         staging = self._directory / STAGING_NAME
-        temporary = staging / f"{_INTENT_NAME}.{os.getpid()}"
+        temporary = staging / f"{INTENT_NAME}.{os.getpid()}"
         self._files.unlink(temporary)
         descriptor = self._files.create(temporary)
         try:
-            self._files.append(descriptor, [b"".join([*self._read_intents(), batch])])
+            self._files.append(descriptor, [b"".join([*self.interrupted_batches(), batch])])
             self._files.sync(descriptor)
         finally:
             self._files.close(descriptor)
-        self._files.rename(temporary, staging / _INTENT_NAME)
+        self._files.rename(temporary, staging / INTENT_NAME)
         self._files.sync_directory(staging)
 
     def remove_intent(self) -> None:
         """Remove the note, if possible; a stale one is harmless, so nothing is synced either."""
         with suppress(StorageError):  # the batch is committed: it must not be told to have failed
-            self._files.unlink(self._directory / STAGING_NAME / _INTENT_NAME)
+            self._files.unlink(self._directory / STAGING_NAME / INTENT_NAME)
 
-    def _read_intents(self) -> list[bytes]:
-        path = self._directory / STAGING_NAME / _INTENT_NAME
-        if _INTENT_NAME not in self._files.names(path.parent):
-            return []
-        descriptor = self._files.open_read(path)
-        try:
-            ids = self._files.read_at(descriptor, self._files.size(path), 0)
-        finally:
-            self._files.close(descriptor)
-        return [ids[start : start + 16] for start in range(0, len(ids), 16)]
+    def interrupted_batches(self) -> list[bytes]:
+        """Ids of batches whose commit was begun and not finished, as far as a note tells."""
+        return read_intents(self._files, self._directory / STAGING_NAME)
 
     def sync_packs(self) -> None:
         """Make the names of new packs durable."""
@@ -572,7 +578,7 @@ class LibraryWriter:
                 remedy="put a directory in its place: its files are removed by every writer",
             )
         for name in self._files.names(staging):
-            if name != _INTENT_NAME:
+            if name != INTENT_NAME:
                 self._files.unlink(staging / name)
 
     def shrink_catalog(self) -> None:
@@ -604,3 +610,21 @@ class LibraryWriter:
             except StorageError:
                 self._files.unlink(temporary)
                 raise
+
+
+def read_intents(files: Files, staging: Path) -> list[bytes]:
+    """The ids in `batch.intent`, the note about interrupted commits.
+
+    Args:
+        files: How to read.
+        staging: The library's directory for unfinished work.
+    """
+    path = staging / INTENT_NAME
+    if INTENT_NAME not in files.names(staging):
+        return []
+    descriptor = files.open_read(path)
+    try:
+        ids = files.read_at(descriptor, files.size(path), 0)
+    finally:
+        files.close(descriptor)
+    return [ids[start : start + 16] for start in range(0, len(ids), 16)]

@@ -1,0 +1,337 @@
+"""A whole pack, read from its first byte to its last: what `check` and `--rebuild` look at.
+
+Unlike `packs.scan_records` this reads payloads too, and goes on behind what it cannot read: at the
+next record that the pack's index names, else at the next bytes that look like a record. A record
+found by its looks may be part of a stored file; it is marked as `found_by_search`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from fragfs.errors import FormatError, FragmentError, IntegrityError
+from fragfs.library.files import Files
+from fragfs.library.progress import Progress
+from fragfs.library.records import (
+    BATCH_TRAILER,
+    FOOTER_MAGIC,
+    PACK_FOOTER,
+    PACK_HEADER,
+    RECORD_HEADER,
+    RECORD_HEADER_BYTES_MAX,
+    RECORD_MAGIC,
+    BatchTrailer,
+    IndexEntry,
+    PackHeader,
+    RecordHeader,
+    RecordKind,
+    parse_batch_trailer,
+    parse_index,
+    parse_pack_header,
+    parse_record_header,
+)
+
+__all__ = ["TRAILER_SIZE", "FoundBatch", "FoundRecord", "Gap", "PackScan", "scan_pack"]
+
+_CHUNK_BYTES = 4 << 20
+_HEADER_GUESS = 512
+TRAILER_SIZE = RECORD_HEADER.size + BATCH_TRAILER.size + 8
+"""Bytes of a batch trailer's record."""
+_KEPT_PAYLOADS = (RecordKind.MANIFEST, RecordKind.REMOVAL, RecordKind.RETIREMENT)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRecord:
+    """A record with a readable header.
+
+    Attributes:
+        offset: Where it starts in the pack.
+        header: What every record has.
+        data: The header's bytes.
+        intact: Whether the stored payload matches its checksum.
+        payload: The payload of a MANIFEST, REMOVAL or RETIREMENT; empty for others.
+        found_by_search: Whether damage before it made this a guess.
+    """
+
+    offset: int
+    header: RecordHeader
+    data: bytes
+    intact: bool
+    payload: bytes = b""
+    found_by_search: bool = False
+
+    @property
+    def end(self) -> int:
+        """Where the next record starts."""
+        return self.offset + self.header.record_size
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Bytes of a pack in which no record can be read.
+
+    Attributes:
+        start: Where they start in the pack.
+        end: Where they end.
+        reason: What is wrong with the record that should start there.
+    """
+
+    start: int
+    end: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoundBatch:
+    """Records up to a trailer.
+
+    Attributes:
+        pack: Number of the pack they are in.
+        trailer: The trailer's fields.
+        records: The records before it, by offset.
+        whole: Whether these are exactly the records that the trailer was written for.
+        counted: Whether their number is the one that the trailer states, gaps counted as one each.
+        end: Where the trailer ends.
+    """
+
+    pack: int
+    trailer: BatchTrailer
+    records: tuple[FoundRecord, ...]
+    whole: bool
+    counted: bool
+    end: int
+
+
+@dataclass(slots=True)
+class PackScan:
+    """What is in a pack.
+
+    Attributes:
+        number: The number in its file name.
+        path: The file.
+        size: Its bytes.
+        header: The pack header; None if it is damaged.
+        header_error: What is wrong with the header.
+        batches: Batches with a trailer, by offset.
+        rest: Records behind the last trailer.
+        gaps: Where nothing can be read.
+        index: The entries of the index that the footer points to; None if there is no good one.
+        records_end: Where the last record that is no index ends.
+    """
+
+    number: int
+    path: Path
+    size: int
+    header: PackHeader | None = None
+    header_error: FragmentError | None = None
+    batches: list[FoundBatch] = field(default_factory=list)
+    rest: list[FoundRecord] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    index: list[IndexEntry] | None = None
+    records_end: int = PACK_HEADER.size
+
+    def records(self) -> Iterator[FoundRecord]:
+        """Every readable record but trailers and indexes, by offset."""
+        for batch in self.batches:
+            yield from batch.records
+        yield from self.rest
+
+
+def scan_pack(
+    files: Files, path: Path, number: int, end: int | None, progress: Progress
+) -> PackScan:
+    """Read a pack.
+
+    Args:
+        files: Where the bytes are.
+        path: The pack.
+        number: The number in its name.
+        end: Where what counts of it ends; None to read all of it.
+        progress: Told about bytes read.
+
+    Raises:
+        StorageError: It cannot be opened, or the disk failed.
+    """
+    size = files.size(path)
+    scan = PackScan(number, path, size)
+    descriptor = files.open_read(path)
+    try:
+        try:
+            scan.header = parse_pack_header(
+                files.read_at(descriptor, PACK_HEADER.size, 0), str(path)
+            )
+        except FragmentError as error:
+            scan.header_error = error
+        scan.index = _read_index(files, descriptor, size, number)
+        stop = size if end is None else min(end, size)
+        _Walk(files, descriptor, scan, stop, progress).run()
+    finally:
+        files.close(descriptor)
+    return scan
+
+
+def _read_index(files: Files, descriptor: int, size: int, number: int) -> list[IndexEntry] | None:
+    footer = files.read_at(descriptor, PACK_FOOTER.size, max(0, size - PACK_FOOTER.size))
+    if len(footer) < PACK_FOOTER.size:
+        return None
+    offset, magic = PACK_FOOTER.unpack(footer)
+    if magic != FOOTER_MAGIC or not PACK_HEADER.size <= offset < size - PACK_FOOTER.size:
+        return None
+    data = files.read_at(descriptor, size - PACK_FOOTER.size - offset, offset)
+    try:
+        return parse_index(data, f"pack {number} at offset {offset}")
+    except (FragmentError, ValueError):
+        return None
+
+
+class _Walk:
+    """One pass over the records of a pack."""
+
+    def __init__(
+        self, files: Files, descriptor: int, scan: PackScan, stop: int, progress: Progress
+    ) -> None:
+        self._files = files
+        self._descriptor = descriptor
+        self._scan = scan
+        self._stop = stop
+        self._progress = progress
+        self._starts = sorted(entry.offset for entry in scan.index or ())
+        self._batch_start = PACK_HEADER.size
+        self._gap_count = 0
+
+    def run(self) -> None:
+        scan = self._scan
+        offset, by_search = PACK_HEADER.size, False
+        while offset < self._stop:
+            if self._is_footer(offset):
+                break
+            try:
+                record = self._read(offset, found_by_search=by_search)
+            except FragmentError as error:
+                following, by_search = self._next_start(offset + 1)
+                scan.gaps.append(Gap(offset, following, error.message))
+                self._gap_count += 1
+                self._progress.advance(following - offset)
+                offset = following
+                continue
+            self._progress.advance(record.header.record_size)
+            offset = record.end
+            if record.header.kind is RecordKind.BATCH_TRAILER:
+                certain = self._close_batch(record)
+                by_search = by_search and not certain
+            elif record.header.kind is not RecordKind.PACK_INDEX:
+                scan.rest.append(record)
+            else:
+                continue
+            scan.records_end = offset
+
+    def _is_footer(self, offset: int) -> bool:
+        if offset + PACK_FOOTER.size != self._stop:
+            return False
+        footer = self._files.read_at(self._descriptor, PACK_FOOTER.size, offset)
+        return footer[-len(FOOTER_MAGIC) :] == FOOTER_MAGIC
+
+    def _read(self, offset: int, *, found_by_search: bool) -> FoundRecord:
+        """The record at an offset.
+
+        Raises:
+            FragmentError: There is none that can be read.
+        """
+        where = f"pack {self._scan.number} at offset {offset}"
+        data = self._files.read_at(
+            self._descriptor, min(_HEADER_GUESS, self._stop - offset), offset
+        )
+        if len(data) >= RECORD_HEADER.size:
+            header_size = int(RECORD_HEADER.unpack(data)[3])
+            if len(data) < header_size <= RECORD_HEADER_BYTES_MAX:
+                data = self._files.read_at(
+                    self._descriptor, min(header_size, self._stop - offset), offset
+                )
+        header = parse_record_header(data, where)
+        if offset + header.record_size > self._stop:
+            raise IntegrityError(f"a record is cut off in {where}")
+        if header.kind is RecordKind.BATCH_TRAILER and header.header_size < TRAILER_SIZE:
+            raise FormatError(f"a batch trailer is too short in {where}")
+        keep = header.kind in _KEPT_PAYLOADS
+        digest = xxhash.xxh3_64()
+        parts = []
+        position, left = offset + header.header_size, header.payload_size
+        while left:
+            part = self._files.read_at(self._descriptor, min(left, _CHUNK_BYTES), position)
+            if not part:
+                raise IntegrityError(f"a record is cut off in {where}")
+            digest.update(part)
+            position, left = position + len(part), left - len(part)
+            if keep:
+                parts.append(part)
+        return FoundRecord(
+            offset,
+            header,
+            data[: header.header_size],
+            digest.intdigest() == header.payload_checksum,
+            b"".join(parts),
+            found_by_search,
+        )
+
+    def _close_batch(self, record: FoundRecord) -> bool:
+        """End a batch; whether this trailer is certain to be the one that ends it."""
+        trailer = parse_batch_trailer(record.data)
+        is_ours = trailer.batch_offset == self._batch_start
+        if record.found_by_search and not is_ours:
+            return False  # may be part of a stored file
+        records = tuple(self._scan.rest)
+        headers = xxhash.xxh3_64()
+        for found in records:
+            headers.update(found.header.header_checksum.to_bytes(8, "little"))
+        self._scan.batches.append(
+            FoundBatch(
+                self._scan.number,
+                trailer,
+                records,
+                whole=is_ours
+                and not self._gap_count
+                and trailer.record_count == len(records)
+                and trailer.records_checksum == headers.intdigest(),
+                counted=is_ours and trailer.record_count == len(records) + self._gap_count,
+                end=record.end,
+            )
+        )
+        self._scan.rest = []
+        self._batch_start = record.end
+        self._gap_count = 0
+        return True
+
+    def _next_start(self, offset: int) -> tuple[int, bool]:
+        """Where the next record may start, and whether that is a guess."""
+        for start in self._starts:
+            if start >= offset:
+                return min(start, self._stop), False
+        if self._starts:
+            return self._stop, False
+        while offset < self._stop:
+            data = self._files.read_at(
+                self._descriptor, min(_CHUNK_BYTES, self._stop - offset), offset
+            )
+            if len(data) < RECORD_HEADER.size:
+                break
+            at = data.find(RECORD_MAGIC)
+            while at >= 0:
+                if self._looks_like_a_record(offset + at):
+                    return offset + at, True
+                at = data.find(RECORD_MAGIC, at + 1)
+            # Magics that lie across two reads are found by the second.
+            offset += max(1, len(data) - len(RECORD_MAGIC) + 1)
+        return self._stop, True
+
+    def _looks_like_a_record(self, offset: int) -> bool:
+        data = self._files.read_at(
+            self._descriptor, min(RECORD_HEADER_BYTES_MAX, self._stop - offset), offset
+        )
+        try:
+            return offset + parse_record_header(data, "").record_size <= self._stop
+        except FragmentError:
+            return False
