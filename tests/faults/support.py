@@ -9,13 +9,14 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
+from fragfs.library.records import PACK_FOOTER
 from fragfs.types import LibraryConfig
 from tests.library.test_bases import (
     add,
@@ -82,6 +83,11 @@ def make_libraries(place: Path) -> None:
     with FragmentLibrary.open(place / "half" / "lib") as library:
         library.remove("tuned")
         assert library.stats().unreferenced_bytes, "and some of it predicts what stays"
+    shutil.copytree(place / "family", place / "damaged")
+    damage(place / "damaged" / "lib", place / "sources")
+    shutil.copytree(place / "family", place / "lost")
+    for name in (CATALOG_NAME, SNAPSHOT_NAME):
+        (place / "lost" / "lib" / name).unlink()
     for golden in GOLDEN.glob("format*"):
         directory = place / golden.name
         with tarfile.open(golden / "library.tar.gz") as archive:
@@ -120,6 +126,26 @@ def make_family(place: Path) -> None:
         library.remove("gone")
 
 
+def damage(path: Path, sources: Path) -> None:
+    """Take away what can be derived again, and flip a byte of one fragment of "base"."""
+    with FragmentLibrary.open(path) as library:
+        add(library, sources / "new")
+        [entry] = [e for e in library.files("base") if e.path == b"model.safetensors"]
+        extents = library.open_content(entry.content).extents
+        place = library.fragment(extents[len(extents) - 1].fragment)
+    pack = path / "packs" / f"{place.pack:010d}.pack"
+    data = bytearray(pack.read_bytes())
+    data[place.offset + place.record_size - 1] ^= 1
+    index_offset, _ = PACK_FOOTER.unpack(bytes(data), len(data) - PACK_FOOTER.size)
+    pack.write_bytes(data[:index_offset])
+    (path / SNAPSHOT_NAME).unlink()
+    connection = sqlite3.connect(path / CATALOG_NAME)
+    with connection:
+        connection.execute("DELETE FROM bases")
+        connection.execute("UPDATE contents SET stored_bytes = 1")
+    connection.close()
+
+
 def shown(path: Path, copy: Path) -> Shown:
     """What a library shows; looked at in a copy, for opening it may bring it up to date."""
     if not (path / CATALOG_NAME).exists():
@@ -142,8 +168,10 @@ def models_of(library: FragmentLibrary) -> Shown:
     }
 
 
-def check_bytes(library: FragmentLibrary) -> None:
-    assert [item.error for item in library.verify(workers=1) if item.error] == []
+def check_bytes(library: FragmentLibrary, damaged: Collection[str] = ()) -> None:
+    """Every file of every model decodes to its bytes, or is known to be damaged."""
+    failed = {os.fsdecode(item.model) for item in library.verify(workers=1) if item.error}
+    assert failed == set(damaged)
 
 
 def check_records(library: FragmentLibrary) -> None:
@@ -207,3 +235,7 @@ def with_more(before: Shown, sources: Path) -> Sequence[Shown]:
 
 def updated(before: Shown, sources: Path) -> Sequence[Shown]:
     return [{**before, "base": digests(sources / "update" / "base")}]
+
+
+def whole_family(_: Shown, sources: Path) -> Sequence[Shown]:
+    return [{name: digests(sources / name) for name in ("base", "int8", "tuned")}]
