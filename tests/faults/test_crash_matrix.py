@@ -242,6 +242,9 @@ def check(
             found = models_of(library)
             assert found in allowed, f"shows {json.dumps(found)}"
             check_bytes(library, command.damaged)
+            if not command.damaged:
+                # Twice, by our own eyes below and by these: what a crash leaves is no damage.
+                assert library.check(workers=1).problems == ()
         check_snapshot(path / SNAPSHOT_NAME)
     except NotFoundError:
         assert not command.opens, "the library is gone"
