@@ -671,7 +671,14 @@ class FragmentLibrary:
             progress,
         )
         repairer = Repairer(
-            self._files, self.path, self._catalog, self._packs, self._writer, checker, self._now_ns
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._writer,
+            checker,
+            self.uuid,
+            self._now_ns,
         )
         return repairer.repair(data=data) if repair else repairer.check(data=data)
 
