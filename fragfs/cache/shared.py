@@ -157,13 +157,17 @@ class SharedFragmentCache:
     Args:
         place: Where and how large.
         check_all: Check the bytes of every fragment when it is mapped. By default on disk; in
-            memory one in sixteen is checked, and all as soon as anybody found one damaged.
+            memory all are checked that were there before this process came, one in sixteen of the
+            others, and all as soon as anybody found one damaged.
     """
 
     def __init__(self, place: CachePlace, *, check_all: bool | None = None) -> None:
         self.place = place
         self._path = os.fspath(place.directory)
         self._check_all = not place.in_memory if check_all is None else check_all
+        # Who filled the place before is not known: a killed daemon, or somebody who meant harm. The
+        # time of change of a file is the one that its owner cannot set.
+        self._since_ns = time.time_ns()
         self._lock = threading.Lock()
         self._bytes_max = place.bytes_max
         self._bytes_held = 0
@@ -244,7 +248,8 @@ class SharedFragmentCache:
 
     def _is_right(self, file: FragmentFile, fragment: FragmentId, *, check: bool) -> bool:
         size = file.nbytes
-        if os.fstat(file.fileno()).st_size != size + FOOTER.size:
+        status = os.fstat(file.fileno())
+        if status.st_size != size + FOOTER.size:
             return False
         footer = FOOTER.unpack(file.read(size, size + FOOTER.size))
         magic, named_size, checksum, identity = footer
@@ -252,7 +257,8 @@ class SharedFragmentCache:
             return False
         # The hash of a fragment in memory costs a tenth of storing it into the page cache: too
         # much for every one of them, and what memory forgets, the page cache would forget as well.
-        if not check and self._hits % _CHECK_ONE_IN and not self._is_suspect():
+        is_ours = status.st_ctime_ns >= self._since_ns
+        if not check and is_ours and self._hits % _CHECK_ONE_IN and not self._is_suspect():
             return True
         return bool(xxhash.xxh3_64_intdigest(file.view()) == checksum)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 from fragfs.errors import FormatError, NotFoundError, StorageError, UsageError
 from fragfs.library.cells import odd_cell
 from fragfs.library.files import storage_error
+from fragfs.library.filesystem import database_error
 from fragfs.library.records import RECORD_HEADER_BYTES_MAX
 from fragfs.types import (
     FRAGMENT_BYTES_MAX,
@@ -221,16 +223,7 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        text = str(error)
-        if "disk is full" in text:
-            remedy = "free some space and run the command again"
-        elif "locked" in text or "busy" in text:
-            remedy = "wait for the other fragfs to finish, or see which process holds it"
-        else:
-            remedy = "check that the directory is readable and its disk is healthy"
-        raise StorageError(
-            f"catalog {path}: {text}", path=str(path), remedy=remedy, retryable="locked" in text
-        ) from error
+        raise database_error(error, path) from error
     except sqlite3.IntegrityError:
         raise  # a constraint of ours: a defect of fragfs, not of the database file
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
@@ -620,6 +613,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
     Raises:
         StorageError: This user may not look.
+        FormatError: It is a directory, a pipe or the like.
     """
     try:
         status = path.stat()
@@ -627,6 +621,12 @@ def _identity(path: Path) -> tuple[int, ...] | None:
         return None
     except OSError as error:
         raise storage_error(error, f"cannot look into the library in {path.parent}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(
+            f"{path} is no regular file",
+            path=str(path),
+            remedy="check the path, or restore the catalog from a backup",
+        )
     if path.name == SNAPSHOT_NAME:
         return status.st_dev, status.st_ino, status.st_mtime_ns
     return status.st_dev, status.st_ino

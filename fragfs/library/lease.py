@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import xxhash
 
-from fragfs.library.files import storage_error
+from fragfs.library.filesystem import lock_error
 
 __all__ = [
     "LEASES_NAME",
@@ -51,6 +51,8 @@ _SUFFIX = ".lease"
 PINS_ONLY = 2**63 - 1
 """The generation of a holder that needs its pins and opens nothing more."""
 
+# No link, and no pipe that would never answer: the directory may be somebody else's.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _STATEMENT_BYTES_MAX = 64 << 20
 _TORN_TRIES = 5
 _POLL_S = 0.02
@@ -116,7 +118,7 @@ class LeaseState:
                 None if generation is None else int(generation),
                 tuple((int(first), int(last)) for first, last in found["pins"]),
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
 
@@ -181,7 +183,7 @@ def hold_lease(directory: Path, what: str) -> Iterator[Lease]:
             try:
                 fcntl.flock(shared, fcntl.LOCK_SH)
             except OSError as error:
-                raise storage_error(error, f"cannot take a lease in {directory}") from error
+                raise lock_error(error, f"cannot take a lease in {directory}", directory) from error
             own = _make_own(directory / LEASES_NAME)
         if own is None:
             yield Lease(None, what)
@@ -255,7 +257,7 @@ def _read_own(path: Path, *, remove_dead: bool) -> LeaseState | None:
     """What a lease file says; None if its holder is gone."""
     unknown = LeaseState(_process_of(path), "a reader whose lease cannot be read")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, _READ)
     except FileNotFoundError:
         return None
     except OSError:
@@ -341,6 +343,6 @@ def _open_shared(directory: Path) -> int | None:
     except OSError:
         pass
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, _READ)
     except OSError:
         return None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fragfs.errors import StorageError
 from fragfs.library.files import storage_error
+from fragfs.library.filesystem import lock_error
 
 __all__ = ["LOCK_NAME", "TURNSTILE_NAME", "writer_lock"]
 
@@ -53,16 +54,22 @@ def _acquire(
                 ) from None
             time.sleep(_POLL_S)
         except OSError as error:
-            raise storage_error(error, f"cannot lock {lock_path}") from error
+            raise lock_error(error, f"cannot lock {lock_path}", lock_path) from error
         else:
             return
 
 
 def _holder(path: Path) -> str:
     try:
-        text = path.read_bytes()[:200].decode("utf-8", "replace").strip()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return "an unknown process"
+    try:
+        text = os.read(descriptor, 200).decode("utf-8", "replace").strip()
     except OSError:
         text = ""
+    finally:
+        os.close(descriptor)
     return text or "an unknown process"
 
 

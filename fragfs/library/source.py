@@ -276,10 +276,19 @@ def read_source(file: SourceFile) -> tuple[int, os.stat_result]:
         StorageError: It cannot be opened; the message names it.
     """
     try:
-        descriptor = os.open(file.source, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK a pipe that took the file's place would hold us forever.
+        descriptor = os.open(file.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise storage_error(error, f"cannot read {file.source}") from error
-    return descriptor, os.fstat(descriptor)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise StorageError(
+            f"{file.source} is no regular file any more",
+            path=str(file.source),
+            remedy="put the file back, or add the directory without it",
+        )
+    return descriptor, status
 
 
 def check_unchanged(file: SourceFile, before: os.stat_result, descriptor: int) -> None:

@@ -210,6 +210,19 @@ def test_after_one_damaged_file_in_memory_every_file_is_checked(directory):
     cache.close()
 
 
+def test_what_was_in_memory_before_is_checked_whoever_put_it_there(directory):
+    place = place_at(directory, in_memory=True)
+    before = SharedFragmentCache(place)
+    fragments = [put(before, number) for number in range(20)]
+    flip(directory / file_name(fragments[7]), 5)
+    time.sleep(0.02)  # the kernel's clock for files ticks every 10 ms at most
+    now = SharedFragmentCache(place)
+    got = [get(now, fragment, 10_000) for fragment in fragments]
+    assert [number for number, raw in enumerate(got) if raw is None] == [7]
+    before.close()
+    now.close()
+
+
 def test_on_disk_every_file_is_checked(cache, directory):
     fragments = [put(cache, number) for number in range(40)]
     for fragment in fragments[::2]:

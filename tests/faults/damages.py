@@ -6,6 +6,7 @@ spoils a copy of that library. Nothing here judges: `test_damage.py` does.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,7 @@ def _file_ways(name: str, size: int) -> Iterator[tuple[str, Callable[[Path], Non
     yield "garbage appended", edited(name, lambda data: data.extend(b"garbage\n" * 60))
     yield "a directory", _directory(name)
     yield "a link to nothing", _link(name)
+    yield "a pipe", _pipe(name)
     if not size:
         return
     for word, at in places(size).items():
@@ -145,6 +147,14 @@ def _link(name: str) -> Callable[[Path], None]:
     def apply(library: Path) -> None:
         (library / name).unlink()
         (library / name).symlink_to(library / "nowhere")
+
+    return apply
+
+
+def _pipe(name: str) -> Callable[[Path], None]:
+    def apply(library: Path) -> None:
+        (library / name).unlink()
+        os.mkfifo(library / name)
 
     return apply
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fragfs.library.catalog import CATALOG_NAME
+from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
 from fragfs.types import LibraryConfig
 from tests.library.test_bases import (
@@ -28,6 +31,45 @@ CONFIG = LibraryConfig(fragment_elements=1 << 12, pack_bytes_max=1 << 20)
 GOLDEN = Path(__file__).parents[1] / "library" / "golden"
 Shown = dict[str, dict[str, str]]
 """SHA-256 of every file of every model."""
+
+
+class Forker:
+    """Runs commands through `forker.py`.
+
+    Attributes:
+        text: What the last command printed, if its output was wanted.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def run(self, library: Path, arguments: Sequence[str], **options: object) -> int:
+        """Run a command; gives its exit status, or less the signal that ended it.
+
+        Options are those of a request, see `forker.py`.
+        """
+        assert self._process.stdin is not None
+        request = {"arguments": ["--library", str(library), *arguments], **options}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        status = int(self._line())
+        if "output" in options:
+            self.text = Path(str(options["output"])).read_text()
+        return status
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def make_libraries(place: Path) -> None:
@@ -101,8 +143,20 @@ def check_bytes(library: FragmentLibrary) -> None:
 
 def check_records(library: FragmentLibrary) -> None:
     """The packs say what the catalog says, and no closure is too large."""
-    check_rebuildable(library)
-    check_closures(library)
+    if library.models():
+        check_rebuildable(library)
+        check_closures(library)
+
+
+def check_whole(path: Path, allowed: Sequence[Shown]) -> Shown:
+    """Gives what the library in a directory shows, which is one of `allowed`, and whole."""
+    with FragmentLibrary.open(path) as library:
+        found = models_of(library)
+        assert found in allowed, f"shows {found}"
+        check_bytes(library)
+        check_records(library)
+    check_snapshot(path / SNAPSHOT_NAME)
+    return found
 
 
 def check_snapshot(path: Path) -> None:

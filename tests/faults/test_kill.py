@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -16,16 +15,13 @@ from pathlib import Path
 import pytest
 
 from fragfs.errors import StorageError
-from fragfs.library.catalog import SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.lock import writer_lock
 from tests.faults.support import (
+    Forker,
     Shown,
-    check_bytes,
-    check_records,
-    check_snapshot,
+    check_whole,
     make_libraries,
-    models_of,
     renamed,
     same,
     shown,
@@ -56,43 +52,6 @@ COMMANDS = {
     "migrate 1": Command(("ls",), same, "format1"),
     "migrate 2": Command(("ls",), same, "format2"),
 }
-
-
-class Forker:
-    """Runs commands through `forker.py`."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def run(
-        self, library: Path, arguments: Sequence[str], kill_after_s: float | None = None
-    ) -> int:
-        """Run a command; gives its exit status, or less the signal that ended it."""
-        assert self.process.stdin is not None
-        request = [["--library", str(library), *arguments], kill_after_s]
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self._line())
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def forker():
-    made = Forker()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +85,7 @@ def test_killing_a_command_loses_nothing(name, forker, place, scratch):
         assert attempts <= 10 * KILLS, "it ends before it can be killed"
         path = scratch / "killed"
         shutil.copytree(prepared, path)
-        status = forker.run(path, arguments, moments.random() * min(durations_s))
+        status = forker.run(path, arguments, kill_after_s=moments.random() * min(durations_s))
         assert status in (0, -signal.SIGKILL)
         if status:
             killed += 1
@@ -141,23 +100,12 @@ def check_after_kill(
     """Whether there was something left to do; the command has done it now."""
     with writer_lock(path, timeout_s=1.0):
         pass  # the kernel has freed it
-    found = check(path, allowed)
+    found = check_whole(path, allowed)
     if found == allowed[-1] != allowed[0]:
         return False
     again(path, arguments, found, forker)
-    assert check(path, allowed) == allowed[-1]
+    assert check_whole(path, allowed) == allowed[-1]
     return True
-
-
-def check(path: Path, allowed: Sequence[Shown]) -> Shown:
-    """Gives what the library shows, which is whole."""
-    with FragmentLibrary.open(path) as library:
-        found = models_of(library)
-        assert found in allowed
-        check_bytes(library)
-        check_records(library)
-    check_snapshot(path / SNAPSHOT_NAME)
-    return found
 
 
 def again(path: Path, arguments: Sequence[str], found: Shown, forker: Forker) -> None:
