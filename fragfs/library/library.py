@@ -681,7 +681,14 @@ class FragmentLibrary:
             progress,
         )
         repairer = Repairer(
-            self._files, self.path, self._catalog, self._packs, self._writer, checker, self._now_ns
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._writer,
+            checker,
+            self.uuid,
+            self._now_ns,
         )
         # What is dropped while it is looked at would be taken for lost.
         with hold_lease(self.path, "check"):
