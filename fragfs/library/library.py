@@ -705,7 +705,9 @@ class FragmentLibrary:
             self.uuid,
             self._now_ns,
         )
-        return repairer.repair(data=data) if repair else repairer.check(data=data)
+        # What is dropped while it is looked at would be taken for lost.
+        with hold_lease(self.path, "check"):
+            return repairer.repair(data=data) if repair else repairer.check(data=data)
 
     # --- whole models
 
