@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from fragfs.errors import StorageError
 from fragfs.library.appender import PackState
 from fragfs.library.catalog import Catalog
 from fragfs.library.check import Checker
@@ -90,8 +91,28 @@ class Repairer:
             before = self._catalog.generation()
             findings = self._checker.run(data=data)
             # A change between two looks can make what is sound seem otherwise: look again.
-            if self._catalog.generation() == before:
-                break
+            if self._catalog.generation() == before or not findings.report(self._catalog).problems:
+                return findings
+        return self._look_while_others_wait(findings)
+
+    def _look_while_others_wait(self, found: Findings) -> Findings:
+        """Look at what was found beside changes once more, with nobody changing anything.
+
+        Raises:
+            StorageError: This user may not keep others waiting, or somebody holds the lock.
+        """
+        if self._catalog.read_only:
+            raise StorageError(
+                "the library changed while it was checked",
+                path=str(self._directory),
+                retryable=True,
+                remedy="run the command again",
+            )
+        with self._writer.hold():
+            findings = self._checker.run(data=False)
+            self._checker.decode_some(found.damaged().keys() - findings.damaged().keys(), findings)
+        findings.contents = found.contents
+        findings.decoded_count = found.decoded_count
         return findings
 
     def repair(self, *, data: bool) -> CheckReport:

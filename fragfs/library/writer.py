@@ -453,6 +453,14 @@ class LibraryWriter:
             finally:
                 batch.close()
 
+    def hold(self) -> AbstractContextManager[None]:
+        """Keep everybody from changing the library, for as long as the context lasts.
+
+        Raises:
+            StorageError: Another process kept the lock all the time.
+        """
+        return self._locked()
+
     def _locked(self) -> AbstractContextManager[None]:
         return writer_lock(self._directory, self._lock_timeout_s, self.catalog.generation)
 
