@@ -49,8 +49,10 @@ def gc_command(session: Session, dry_run: bool, grace_s: float | None, as_json: 
     It can be interrupted at any moment; the next run does the rest. Packs are copied without what
     is dropped before the old ones go, so it needs as much free space as the largest pack takes.
     """
-    with session.open_library() as library:
-        report = library.collect(grace_s=grace_s, dry_run=dry_run)
+    from fragfs.cli.progress import show_progress
+
+    with session.open_library() as library, show_progress(session) as progress:
+        report = library.collect(progress, grace_s=grace_s, dry_run=dry_run)
     for pack, why in report.kept_packs:
         remark(f"fragfs: warning: pack {pack} was left as it is: {why}")
     if as_json:

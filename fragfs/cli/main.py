@@ -24,6 +24,7 @@ from fragfs.cli.options import (
 )
 from fragfs.cli.terminal import remark
 from fragfs.errors import FragmentError, UsageError
+from fragfs.library.files import remedy_of
 
 __all__ = ["COMMANDS", "cli", "main", "run"]
 
@@ -138,7 +139,8 @@ def _explain(error: Exception, program: str) -> tuple[str, int]:
         case OSError(strerror=str(reason)):
             known = isinstance(error.filename, (str, bytes))  # else a descriptor, or nothing
             where = f"{os.fsdecode(error.filename)}: " if known else ""
-            return f"{where}{reason}", EXIT_FAILED
+            remedy = remedy_of(error)
+            return f"{where}{reason}{f'; {remedy}' if remedy else ''}", EXIT_FAILED
     name = type(error).__name__
     return (
         f"internal error: {name}: {error}; please report this, with what --debug shows",

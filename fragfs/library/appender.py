@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+from fragfs.errors import StorageError
 from fragfs.library.files import Files
 from fragfs.library.packs import scan_records
 from fragfs.library.records import (
@@ -88,6 +90,11 @@ class PackAppender:
             )
             end = record.offset + record.header.record_size
         return entries if end == self.size else None
+
+    def discard(self) -> None:
+        """Remove a closed pack that no commit names, if that is possible; else it is garbage."""
+        with suppress(StorageError):
+            self._files.unlink(self.path)
 
     def close(self) -> None:
         """Close the descriptor; what was not flushed is dropped."""

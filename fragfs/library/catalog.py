@@ -22,6 +22,7 @@ from typing import Any
 from fragfs.errors import FormatError, NotFoundError, StorageError, UsageError
 from fragfs.library.cells import odd_cell
 from fragfs.library.files import storage_error
+from fragfs.library.filesystem import database_error
 from fragfs.library.records import RECORD_HEADER_BYTES_MAX
 from fragfs.types import (
     FRAGMENT_BYTES_MAX,
@@ -222,16 +223,7 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        text = str(error)
-        if "disk is full" in text:
-            remedy = "free some space and run the command again"
-        elif "locked" in text or "busy" in text:
-            remedy = "wait for the other fragfs to finish, or see which process holds it"
-        else:
-            remedy = "check that the directory is readable and its disk is healthy"
-        raise StorageError(
-            f"catalog {path}: {text}", path=str(path), remedy=remedy, retryable="locked" in text
-        ) from error
+        raise database_error(error, path) from error
     except sqlite3.IntegrityError:
         raise  # a constraint of ours: a defect of fragfs, not of the database file
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:

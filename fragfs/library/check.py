@@ -95,9 +95,7 @@ class Checker:
         if _distrusted(findings):
             return _only_distrust(findings)
         if data:
-            _DataCheck(
-                self._catalog, self._decoder(), findings, self._workers, self._progress
-            ).run()
+            self._data_check(findings).run()
         return findings
 
     def _check_structure(self, findings: Findings) -> None:

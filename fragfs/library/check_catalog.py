@@ -82,8 +82,9 @@ _CATALOG = "the catalog"
 
 def _check_fragments(catalog: Catalog, findings: Findings) -> None:
     rows = catalog.rows(
-        "SELECT fragments.number, fragments.pack, offset + record_size, committed_size, state,"
-        " length(id) FROM fragments LEFT JOIN packs ON packs.number = fragments.pack"
+        "SELECT fragments.number, fragments.pack, offset + record_size,"
+        " coalesce(committed_size, 0), coalesce(state, -1), length(id)"
+        " FROM fragments LEFT JOIN packs ON packs.number = fragments.pack"
         " WHERE length(id) != 32 OR state IS NULL OR state = ? OR offset + record_size >"
         " committed_size",
         (PackState.RETIRED,),
@@ -96,7 +97,7 @@ def _check_fragments(catalog: Catalog, findings: Findings) -> None:
                 continue  # a rebuild found no record of it: it is in quarantine until it is added
             if id_size != 32:
                 yield f"fragment {number} of the catalog has an id of {id_size} bytes"
-            elif state is None:
+            elif state < 0:
                 yield f"fragment {number} is said to be in pack {pack}, which is not in the catalog"
             elif state == PackState.RETIRED:
                 yield f"fragment {number} is said to be in pack {pack}, which is retired"

@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fragfs.errors import StorageError
+from fragfs.errors import FormatError, StorageError
 from fragfs.library.catalog import Catalog
 from fragfs.library.compact import Compactor
 from fragfs.library.lease import LeaseState, Ranges, live_leases, no_new_leases
-from fragfs.library.stats import FragmentTable, kept_as_bases, named_fragments
+from fragfs.library.progress import Progress
+from fragfs.library.stats import FragmentTable, Numbers, kept_as_bases, named_fragments
 from fragfs.library.writer import LibraryWriter
+from fragfs.types import Predictor
 
 __all__ = ["GRACE_S", "Collector", "GcReport", "LeaseKept"]
 
@@ -159,7 +161,12 @@ class Collector:
         self._now_ns = now_ns
 
     def run(
-        self, *, grace_s: float = GRACE_S, wait_s: float = WAIT_S, dry_run: bool = False
+        self,
+        progress: Progress,
+        *,
+        grace_s: float = GRACE_S,
+        wait_s: float = WAIT_S,
+        dry_run: bool = False,
     ) -> GcReport:
         """Drop what nothing needs and give its space back; see `FragmentLibrary.collect`."""
         if dry_run:
@@ -171,7 +178,7 @@ class Collector:
         except StorageError as error:
             # It takes as much free space as the catalog has bytes; nothing else depends on it.
             log.warning("the catalog keeps its size for now: %s", error)
-        kept_packs = self._compactor.run()
+        kept_packs = self._compactor.run(progress)
         return self._report(
             marks,
             kept,
@@ -192,6 +199,7 @@ class Collector:
         table = FragmentTable(self._catalog)
         needed = np.zeros(table.size, np.bool_)
         needed[table.closure(named_fragments(self._catalog, table.size))] = True
+        self._check_needed(table, np.flatnonzero(needed))
         now_ns = self._now_ns()
         young: list[tuple[int, int]] = []
         settled, future = [], []
@@ -207,6 +215,25 @@ class Collector:
         recent = _closure(table, tuple(young)) & ~needed
         unneeded = ~needed & (table.record > 0)
         return _Marks(generation, table, unneeded, recent, settled, future)
+
+    def _check_needed(self, table: FragmentTable, numbers: Numbers) -> None:
+        """Check that all that is needed is known: where a row is lost, so is what it leads to.
+
+        Raises:
+            FormatError: The catalog is damaged.
+        """
+        predictor = table.predictor[numbers]
+        base_count = np.count_nonzero(table.bases[:, numbers], axis=0)
+        lost = table.record[numbers] <= 0
+        lost |= (predictor >= Predictor.DELTA) != (base_count > 0)
+        lost |= (predictor == Predictor.BLEND) & (base_count < 2)
+        if lost.any():
+            raise FormatError(
+                f"the catalog lacks {int(np.count_nonzero(lost))} fragments that models need, or"
+                " what they are predicted from; nothing was dropped",
+                path=str(self._catalog.path),
+                remedy="see what is wrong with: fragfs check; mend it with: fragfs check --repair",
+            )
 
     def _kept(self, marks: _Marks, leases: Sequence[LeaseState], *, alone: bool) -> _Kept:
         """What leases keep of what is unneeded."""

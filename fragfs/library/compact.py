@@ -21,6 +21,7 @@ from fragfs.library.catalog import Catalog
 from fragfs.library.files import Files
 from fragfs.library.manifests import parse_manifest
 from fragfs.library.packs import PACKS_NAME, PackReader, pack_name, scan_records
+from fragfs.library.progress import NO_PROGRESS, Progress
 from fragfs.library.publish import pack_current_manifest
 from fragfs.library.records import (
     PACK_FOOTER,
@@ -97,14 +98,22 @@ class Compactor:
         self._start_batch = start_batch
         self._publish_snapshot = publish_snapshot
 
-    def run(self) -> tuple[tuple[int, str], ...]:
+    def run(self, progress: Progress = NO_PROGRESS) -> tuple[tuple[int, str], ...]:
         """Compact every pack that pays, one commit each.
+
+        Args:
+            progress: Told about bytes copied, or found not to be worth it.
 
         Returns:
             Packs that were left alone because a record in them is damaged, with the reason.
         """
         kept = []
-        for number in self._candidates():
+        live = self._live_bytes()
+        candidates = list(self._wasted(live))
+        if candidates:
+            progress.start("compacting", sum(live.get(number, 0) for number in candidates))
+        for number in candidates:
+            progress.advance(live.get(number, 0))
             # Under the lock from the first look on: what others write into the pack must be seen.
             with self._start_batch() as batch:
                 try:
@@ -155,10 +164,6 @@ class Compactor:
                 if _pays(waste, size):
                     found[number] = waste
         return found
-
-    def _candidates(self) -> list[int]:
-        """Numbers of packs with enough in them that is no fragment that counts."""
-        return list(self._wasted(self._live_bytes()))
 
     def _live_bytes(self) -> dict[int, int]:
         """Bytes of records that count, by pack."""

@@ -16,7 +16,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from fragfs.errors import StorageError
 
-__all__ = ["Files", "OsFiles", "storage_error"]
+__all__ = ["Files", "OsFiles", "remedy_of", "storage_error"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,10 +27,16 @@ _REMEDIES = {
     errno.EACCES: "check the owner and the permissions",
     errno.EPERM: "check the owner and the permissions",
     errno.EROFS: "the file system is read-only: use a writable one, or only read from this library",
+    errno.ENFILE: "close programs: the machine has no room for more open files",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ELOOP: "it is a link: put a file in its place",
     errno.EIO: "the disk reports errors: check its health and your backups",
 }
+
+
+def remedy_of(error: OSError) -> str | None:
+    """What a user can do about an error of the operating system, if that is known."""
+    return _REMEDIES.get(error.errno or 0)
 
 
 def storage_error(error: OSError, what: str) -> StorageError:
@@ -39,7 +45,7 @@ def storage_error(error: OSError, what: str) -> StorageError:
     return StorageError(
         f"{what}: {reason}",
         errno=error.errno,
-        remedy=_REMEDIES.get(error.errno or 0),
+        remedy=remedy_of(error),
         retryable=error.errno in (errno.EAGAIN, errno.EINTR, errno.EMFILE, errno.ENFILE),
         path=str(error.filename) if error.filename else None,
     )
@@ -57,10 +63,18 @@ def _translated(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         except OSError as error:
             target = args[1] if len(args) > 1 else ""
-            place = target if isinstance(target, Path) else f"descriptor {target}"
+            place = target if isinstance(target, Path) else _opened(target)
             raise storage_error(error, f"cannot {verb} {place}") from error
 
     return wrapper
+
+
+def _opened(descriptor: object) -> str:
+    """The file behind a descriptor, for a message."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return f"descriptor {descriptor}"
 
 
 class Files(Protocol):

@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import xxhash
 
-from fragfs.library.files import storage_error
+from fragfs.library.filesystem import lock_error
 
 __all__ = [
     "LEASES_NAME",
@@ -183,7 +183,7 @@ def hold_lease(directory: Path, what: str) -> Iterator[Lease]:
             try:
                 fcntl.flock(shared, fcntl.LOCK_SH)
             except OSError as error:
-                raise storage_error(error, f"cannot take a lease in {directory}") from error
+                raise lock_error(error, f"cannot take a lease in {directory}", directory) from error
             own = _make_own(directory / LEASES_NAME)
         if own is None:
             yield Lease(None, what)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fragfs.errors import StorageError
 from fragfs.library.files import storage_error
+from fragfs.library.filesystem import lock_error
 
 __all__ = ["LOCK_NAME", "TURNSTILE_NAME", "writer_lock"]
 
@@ -53,7 +54,7 @@ def _acquire(
                 ) from None
             time.sleep(_POLL_S)
         except OSError as error:
-            raise storage_error(error, f"cannot lock {lock_path}") from error
+            raise lock_error(error, f"cannot lock {lock_path}", lock_path) from error
         else:
             return
 

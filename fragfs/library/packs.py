@@ -114,6 +114,17 @@ class PackReader:
         with self._lock:
             self._open.clear()
 
+    def drop_removed(self) -> None:
+        """Close packs that were removed: a descriptor of one keeps its space on the disk taken."""
+        with self._lock:
+            removed = [
+                number
+                for number, pack in self._open.items()
+                if not os.fstat(pack.descriptor).st_nlink
+            ]
+            for number in removed:
+                del self._open[number]
+
     def drop_page_cache(self) -> None:
         """Ask the kernel to forget cached bytes of all packs: the next reads hit the disk."""
         for name in self._files.names(self._directory):

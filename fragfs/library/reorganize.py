@@ -57,7 +57,7 @@ class Reorganizer:
             level: What encodings to prefer; None for the library's own level.
             layers: The named tensors of all models: the rows of quantized ones are needed.
             workers: Threads that plan.
-            progress: Told about bytes of fragments planned.
+            progress: Told about bytes of fragments planned, then of those copied.
         """
         before = self._collector.pack_bytes()
         config = self._writer.config
@@ -79,7 +79,7 @@ class Reorganizer:
                 self._writer.publish_snapshot()
             except StorageError as error:
                 log.warning("other users see an older state of the library for now: %s", error)
-        collected = self._collector.run()
+        collected = self._collector.run(progress)
         row = self._catalog.row("SELECT coalesce(sum(record_size), 0) FROM fragments")
         return replace(
             report,

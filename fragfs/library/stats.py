@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fragfs.library.catalog import Catalog
 from fragfs.library.closure import CLOSURE_LIMIT
-from fragfs.library.extents import ExtentMap
+from fragfs.library.extents import ExtentMap, check_seal
 from fragfs.types import FileEntry, LibraryStats, Predictor
 
 __all__ = [
@@ -42,6 +42,7 @@ NO_OWNER = -1
 """Stands for the model of a fragment that is in no model's files any more."""
 
 _ROWS_AT_ONCE = 100_000
+_CONTENTS_AT_ONCE = 1000
 
 
 class FragmentTable:
@@ -293,10 +294,23 @@ def _saved_bytes(table: FragmentTable, own: Numbers) -> dict[str, int]:
 
 
 def named_fragments(catalog: Catalog, size: int) -> Numbers:
-    """The fragments that files of models are made of, bases not included; below number `size`."""
+    """The fragments that contents are made of, bases not included; below number `size`.
+
+    Raises:
+        FormatError: The extents of a content are damaged: what it needs is not known.
+    """
     named = np.zeros(size, np.bool_)
-    for model in models_by_age(catalog, size):
-        named[model.own] = True
+    last = 0
+    # The rows themselves, not by way of names: what an index does not find is needed as well.
+    while rows := catalog.rows(
+        "SELECT number, sha256, extents FROM contents WHERE number > ? ORDER BY number LIMIT ?",
+        (last, _CONTENTS_AT_ONCE),
+    ):
+        last = rows[-1][0]
+        for number, sha256, blob in rows:
+            check_seal(blob, number, sha256)
+            numbers = np.frombuffer(ExtentMap.parse(blob).fragments, np.int64)
+            named[numbers[numbers < size]] = True
     return np.flatnonzero(named)
 
 

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from fragfs.library.appender import PackAppender, PackState
 from fragfs.library.catalog import SNAPSHOT_NAME, Catalog
 from fragfs.library.closure import closure_of
 from fragfs.library.files import Files
+from fragfs.library.filesystem import unwritable_error
 from fragfs.library.lock import writer_lock
 from fragfs.library.packs import PACKS_NAME, pack_name, pack_number, scan_records
 from fragfs.library.records import (
@@ -95,6 +96,7 @@ class Batch:
         self._retired: set[int] = set()
         self._dropped: list[int] = []
         self._healed: set[int] = set()
+        self._committing = False
         self._record_count = 0
         self._batch_offset = 0
         self._headers = xxhash.xxh3_64()
@@ -295,6 +297,7 @@ class Batch:
         pack.sync()
         if pack.new:
             self._writer.sync_packs()
+        self._committing = True
         with self._catalog.transaction() as connection:
             connection.executemany(
                 "INSERT INTO fragments VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -396,9 +399,16 @@ class Batch:
             )
 
     def close(self) -> None:
-        """Let go of the pack."""
-        if self._pack is not None:
-            self._pack.close()
+        """Let go of the pack; one that nobody was told of goes with the batch.
+
+        What an add that fills the disk leaves must not keep it full.
+        """
+        if self._pack is None:
+            return
+        self._pack.close()
+        # Once the transaction has begun, only the catalog knows whether it will count.
+        if self._pack.new and not self._committing:
+            self._pack.discard()
 
 
 class LibraryWriter:
@@ -434,11 +444,7 @@ class LibraryWriter:
     def batch(self) -> Iterator[Batch]:
         """Hold the lock and collect records; the caller commits, or the batch is forgotten."""
         if self.catalog.read_only:
-            raise StorageError(
-                f"this user cannot change the library in {self._directory}",
-                path=str(self._directory),
-                remedy="run the command as the library's owner",
-            )
+            raise unwritable_error(self._directory)
         with self._locked():
             batch = Batch(self)
             try:
@@ -546,8 +552,9 @@ class LibraryWriter:
         self._files.sync_directory(staging)
 
     def remove_intent(self) -> None:
-        """Remove the note; a stale one is harmless, so nothing is synced."""
-        self._files.unlink(self._directory / STAGING_NAME / INTENT_NAME)
+        """Remove the note, if possible; a stale one is harmless, so nothing is synced either."""
+        with suppress(StorageError):  # the batch is committed: it must not be told to have failed
+            self._files.unlink(self._directory / STAGING_NAME / INTENT_NAME)
 
     def interrupted_batches(self) -> list[bytes]:
         """Ids of batches whose commit was begun and not finished, as far as a note tells."""

@@ -215,7 +215,7 @@ class _Daemon:
         )
         watcher = CatalogWatcher(
             self._tree,
-            self._library.data_version,
+            self._look_at_library,
             lambda: trio.from_thread.run_sync(self._copy_known),
             lambda names: trio.from_thread.run_sync(self._drop_names, names),
             _Kernel(),
@@ -231,6 +231,11 @@ class _Daemon:
             )
         finally:
             self._watching_ended.set()
+
+    def _look_at_library(self) -> int:
+        # Not only after a change: packs are removed some time after the commit that retires them.
+        self._library.close_removed_packs()
+        return self._library.data_version()
 
     def _copy_known(self) -> list[KnownDirectory]:
         return self._inodes.known_directories()

@@ -14,6 +14,7 @@ import enum
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -42,6 +43,7 @@ cache; base numbers follow."""
 _VIEWS_BYTES_MAX = 16 << 20
 _PR_SET_PDEATHSIG = 1
 _NICE = 5
+_IDLE_MS = 2000
 
 
 class Status(enum.IntEnum):
@@ -231,6 +233,15 @@ def die_with_parent(parent: int) -> None:
         raise SystemExit(1)
 
 
+def _receive(messages: socket.socket, library: FragmentLibrary) -> bytes:
+    """The next request; empty if there will be none. Who waits long lets go of removed packs."""
+    poll = select.poll()
+    poll.register(messages, select.POLLIN)
+    while not poll.poll(_IDLE_MS):
+        library.close_removed_packs()
+    return messages.recv(REQUEST.size)
+
+
 def main(arguments: list[str]) -> int:
     """Answer requests until the other end of the socket is closed; returns the exit status."""
     channel, parent = int(arguments[0]), int(arguments[1])
@@ -251,7 +262,7 @@ def main(arguments: list[str]) -> int:
         # Now, not in the first reader's time: it takes a third of a second, with what it imports.
         check_this_machine()
         decoder = _Decoder(library, SharedFragmentCache(options.place))
-        while data := messages.recv(REQUEST.size):
+        while data := _receive(messages, library):
             number, with_bases = REQUEST.unpack(data)
             messages.send(decoder.answer(number, with_bases=with_bases).pack())
     return 0

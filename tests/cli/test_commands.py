@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -307,6 +308,26 @@ def test_sums_are_what_sha256sum_reads(fragfs, make_model, tmp_path):
         done = subprocess.run(["sha256sum", "-c", "--strict"], input=sums, cwd=where, check=False)
         assert done.returncode == 0
         assert sums.count(b"\n") == 4
+
+
+def test_verify_goes_on_after_an_interruption(fragfs, make_model, monkeypatch):
+    fragfs("add", make_model("one"), make_model("two", 2))
+    result = fragfs("verify", "--resume")
+    assert result.status == 0
+    assert "nothing to resume" in result.stderr
+    real = FragmentLibrary.verify
+
+    def interrupted(self, *arguments):
+        with closing(real(self, *arguments)) as verified:
+            yield next(verified)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FragmentLibrary, "verify", interrupted)
+    assert fragfs("verify", "--jobs", "1").status == 130
+    monkeypatch.setattr(FragmentLibrary, "verify", real)
+    report = fragfs("verify", "--resume", "--json").json
+    assert (report["file_count"], report["resumed_count"]) == (4, 1)
+    assert fragfs("verify", "--resume", "--json").json["resumed_count"] == 0
 
 
 def test_verify_names_what_is_damaged(fragfs, make_model):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.support import Forker
+
 ROOM_BYTES = 32 << 20
 
 
@@ -24,3 +26,10 @@ def scratch(memory_path):
     """A directory there for one test."""
     with tempfile.TemporaryDirectory(dir=memory_path) as directory:
         yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def forker():
+    made = Forker()
+    yield made
+    made.close()

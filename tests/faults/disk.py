@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,8 @@ _NOT_ON_DISK = {_WAL_NAME, f"{CATALOG_NAME}-shm", "lock", "lock.next"}
 class _Step:
     """One operation. `kind` is the name of a method of `Files`, or one of
 
-    "written": SQLite filled the file; "catalog": it committed, and left `data` and `log`.
+    "written": SQLite filled the file, "closed": and synced it; "catalog": it committed, and left
+    `data` and `log`.
     """
 
     kind: str
@@ -123,12 +124,12 @@ class RecordedDisk(OsFiles):
         self._held.append(descriptor)
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
-    def _record_foreign(self, path: Path) -> None:
-        """SQLite filled a file of ours before it is synced or renamed."""
+    def _record_foreign(self, path: Path, kind: str) -> None:
+        """SQLite filled a file of ours, which is now synced or renamed."""
         data = path.read_bytes()
         if self._sizes.get(path) != len(data):
             self._sizes[path] = len(data)
-            self._add("written", path, data)
+            self._add(kind, path, data)
 
     def make_directory(self, path):
         self._add("make_directory", path)
@@ -143,7 +144,7 @@ class RecordedDisk(OsFiles):
 
     def open_append(self, path):
         if path.parent.name == "staging":
-            self._record_foreign(path)
+            self._record_foreign(path, "written")
         descriptor = super().open_append(path)
         self._paths[descriptor] = path
         return descriptor
@@ -164,7 +165,8 @@ class RecordedDisk(OsFiles):
 
     def rename(self, old, new):
         if old not in self._sizes:
-            self._record_foreign(old)
+            # Nobody else syncs it, so SQLite has, when it was closed.
+            self._record_foreign(old, "closed")
         self._add("rename", old, new=new)
         super().rename(old, new)
         self._sizes.pop(old, None)
@@ -177,11 +179,15 @@ class RecordedDisk(OsFiles):
 
 @dataclass(slots=True)
 class _File:
-    """A file as the disk has it: its durable bytes, and what was appended since."""
+    """A file as the disk has it: its durable bytes, and what was appended since.
+
+    `catalog` is what SQLite left of it, if it is the catalog.
+    """
 
     durable: bytes = b""
     pending: list[bytes] = field(default_factory=list)
     is_directory: bool = False
+    catalog: _Step | None = None
 
     def kept(self) -> bytes:
         return b"".join([self.durable, *self.pending])
@@ -226,20 +232,18 @@ class _Disk:
         }
         self.durable_names = dict(self.names)
         self.changes: list[_NameChange] = []
-        self.catalog: _Step | None = None
 
     def apply(self, step: _Step) -> None:
         match step.kind:
             case "catalog":
-                self.catalog = step
+                self.names[step.path].catalog = step
             case "make_directory" if step.path not in self.names:
                 self._change(step.path.parent, step.path, None, _File(is_directory=True))
             case "create":
                 self._change(step.path.parent, step.path, None, _File())
             case "append":
                 self.names[step.path].pending.append(step.data)
-            case "written" if step.path.name.startswith(CATALOG_NAME):
-                # What `init` lets SQLite write is synced by SQLite when the database is closed.
+            case "closed":
                 self._change(step.path.parent, step.path, None, _File(step.data))
             case "written":
                 self._change(step.path.parent, step.path, None, _File(pending=[step.data]))
@@ -269,48 +273,54 @@ class _Disk:
 
     def outcomes(self, following: _Step | None) -> Iterator[tuple[str, dict[Path, bytes | None]]]:
         """What may be left now that `following` was not, or not wholly, done."""
-        yield "all kept", self._files(self.names, _File.kept)
+        for label, names, take in self._losses():
+            files = self._files(names, take)
+            yield label, files
+            if following is None:
+                continue
+            path = following.path.relative_to(self._root)
+            if following.kind == "append" and label == "all kept":
+                half = following.data[: len(following.data) // 2]
+                yield "append torn", {**files, path: (files[path] or b"") + half}
+            file = names.get(following.path)
+            # A catalog that has just taken the name is not written to, but seen.
+            if following.kind == "catalog" and file is not None and file.catalog is not None:
+                for cut in _cuts(file.catalog.log, following.log):
+                    found = {**files, path: following.data}
+                    found[path.with_name(_WAL_NAME)] = following.log[:cut]
+                    yield f"{label}, log cut at {cut} of {len(following.log)}", found
+
+    def _losses(self) -> Iterator[tuple[str, dict[Path, _File], Callable[[_File], bytes]]]:
+        """(name, the names that are left, what is left of each file) of each kind of loss."""
+        yield "all kept", self.names, _File.kept
         if self.changes:
-            yield "names lost", self._files(self.durable_names, _File.kept)
+            yield "names lost", self.durable_names, _File.kept
             for place, change in enumerate(self.changes):
                 some = dict(self.durable_names)
                 for other in self.changes[:place] + self.changes[place + 1 :]:
                     other.apply(some)
                 name = (change.added or change.removed or change.directory).name
-                yield f"change of {name} lost", self._files(some, _File.kept)
+                yield f"change of {name} lost", some, _File.kept
         if any(file.pending for file in self.names.values()):
-            yield "bytes lost", self._files(self.names, lambda file: file.durable)
-            yield "all lost", self._files(self.durable_names, lambda file: file.durable)
-            yield "bytes torn", self._files(self.names, _File.torn)
-            yield "bytes reordered", self._files(self.names, _File.reordered)
-        if following is not None and following.kind == "append":
-            found = self._files(self.names, _File.kept)
-            path = following.path.relative_to(self._root)
-            half = following.data[: len(following.data) // 2]
-            yield "append torn", {**found, path: (found[path] or b"") + half}
+            yield "bytes lost", self.names, lambda file: file.durable
+            yield "all lost", self.durable_names, lambda file: file.durable
+            yield "bytes torn", self.names, _File.torn
+            yield "bytes reordered", self.names, _File.reordered
 
-    def _files(self, names, take) -> dict[Path, bytes | None]:
+    def _files(
+        self, names: dict[Path, _File], take: Callable[[_File], bytes]
+    ) -> dict[Path, bytes | None]:
         found: dict[Path, bytes | None] = {}
         for path, file in names.items():
             # A directory whose name is lost takes what is in it along.
-            if all(parent in names for parent in path.parents if self._root in parent.parents):
-                found[path.relative_to(self._root)] = None if file.is_directory else take(file)
+            if any(parent not in names for parent in path.parents if self._root in parent.parents):
+                continue
+            relative = path.relative_to(self._root)
+            found[relative] = None if file.is_directory else take(file)
+            if file.catalog is not None:
+                found[relative] = file.catalog.data
+                found[relative.with_name(_WAL_NAME)] = file.catalog.log
         return found
-
-    def with_catalog(
-        self, files: dict[Path, bytes | None], step: _Step | None, log: bytes | None = None
-    ) -> dict[Path, bytes | None]:
-        """The files, with the catalog as SQLite left it at `step`, and its log, or some of it."""
-        if step is None:
-            return files
-        path = step.path.relative_to(self._root)
-        if path not in files:
-            return files  # its name is not there yet
-        return {
-            **files,
-            path: step.data,
-            path.with_name(_WAL_NAME): step.log if log is None else log,
-        }
 
 
 def crash_states(disk: RecordedDisk) -> Iterator[CrashState]:
@@ -319,24 +329,13 @@ def crash_states(disk: RecordedDisk) -> Iterator[CrashState]:
     seen = set()
     for number, step in enumerate([*disk.steps, None]):
         what = f"{step.kind} {step.path.name}" if step is not None else "the end"
-        for label, files in _states_before(model, step):
+        for label, files in model.outcomes(step):
             state = CrashState(f"before step {number}, {what}: {label}", files)
             if (key := state.key()) not in seen:
                 seen.add(key)
                 yield state
         if step is not None:
             model.apply(step)
-
-
-def _states_before(
-    model: _Disk, step: _Step | None
-) -> Iterator[tuple[str, dict[Path, bytes | None]]]:
-    for label, files in model.outcomes(step):
-        yield label, model.with_catalog(files, model.catalog)
-        if step is not None and step.kind == "catalog" and model.catalog is not None:
-            for cut in _cuts(model.catalog.log, step.log):
-                found = model.with_catalog(files, step, step.log[:cut])
-                yield f"{label}, log cut at {cut} of {len(step.log)}", found
 
 
 def _cuts(before: bytes, after: bytes) -> Sequence[int]:

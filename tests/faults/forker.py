@@ -1,13 +1,15 @@
 """Runs `fragfs` commands in children that start at once: all that they import is imported already.
 
-Reads from each line, as JSON, arguments and after how many seconds to kill the child, or null;
-answers with its exit status, negative for a signal. Nothing here opens a library, so a child
+Reads a request from each line, as JSON: `arguments`, and if wanted `kill_after_s`, the `user` to
+run as (a number), `files_max`, the limit on open files, and `output`, a file for what it prints.
+Answers with the exit status, negative for a signal. Nothing here opens a library, so a child
 inherits nothing of one.
 """
 
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -32,18 +34,32 @@ def serve() -> None:
         importlib.import_module(module)
     print("ready", flush=True)
     for line in sys.stdin:
-        arguments, kill_after_s = json.loads(line)
+        request = json.loads(line)
         child = os.fork()
         if child == 0:
-            sink = os.open(os.devnull, os.O_RDWR)
-            for descriptor in (0, 1, 2):
-                os.dup2(sink, descriptor)
-            os._exit(main(arguments))
-        if kill_after_s is not None:
-            time.sleep(kill_after_s)
+            become(request)
+            os._exit(main(request["arguments"]))
+        if "kill_after_s" in request:
+            time.sleep(request["kill_after_s"])
             os.kill(child, signal.SIGKILL)  # still there, if only as a zombie
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def become(request: dict) -> None:
+    """Make this child what the request wants it to be."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    output = os.open(request.get("output", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.closerange(3, 64)
+    if "user" in request:
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
+    if "files_max" in request:
+        limit = request["files_max"]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
 if __name__ == "__main__":

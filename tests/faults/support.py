@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fragfs.library.catalog import CATALOG_NAME
+from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
+from fragfs.library.records import PACK_FOOTER
 from fragfs.types import LibraryConfig
 from tests.library.test_bases import (
     add,
@@ -30,12 +34,60 @@ Shown = dict[str, dict[str, str]]
 """SHA-256 of every file of every model."""
 
 
+class Forker:
+    """Runs commands through `forker.py`.
+
+    Attributes:
+        text: What the last command printed, if its output was wanted.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def run(self, library: Path, arguments: Sequence[str], **options: object) -> int:
+        """Run a command; gives its exit status, or less the signal that ended it.
+
+        Options are those of a request, see `forker.py`.
+        """
+        assert self._process.stdin is not None
+        request = {"arguments": ["--library", str(library), *arguments], **options}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        status = int(self._line())
+        if "output" in options:
+            self.text = Path(str(options["output"])).read_text()
+        return status
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 def make_libraries(place: Path) -> None:
     """Libraries to start from, each `lib` in a directory of its own, and `sources` to add."""
     (place / "nothing").mkdir()
     (place / "empty" / "lib").mkdir(parents=True)
     (place / "sources").mkdir()
     make_family(place)
+    shutil.copytree(place / "family", place / "half")
+    with FragmentLibrary.open(place / "half" / "lib") as library:
+        library.remove("tuned")
+        assert library.stats().unreferenced_bytes, "and some of it predicts what stays"
+    shutil.copytree(place / "family", place / "damaged")
+    damage(place / "damaged" / "lib", place / "sources")
+    shutil.copytree(place / "family", place / "lost")
+    for name in (CATALOG_NAME, SNAPSHOT_NAME):
+        (place / "lost" / "lib" / name).unlink()
     for golden in GOLDEN.glob("format*"):
         directory = place / golden.name
         with tarfile.open(golden / "library.tar.gz") as archive:
@@ -47,14 +99,15 @@ def make_family(place: Path) -> None:
     """A library with a base that came last, and much that no model needs; two models to add."""
     sources = place / "sources"
     rng = np.random.default_rng(3)
-    weights = {"up.weight": (rng.standard_normal((60, 256)) * 0.02).astype(np.float32)}
+    # Larger than the files that are not cut, so that there is something to predict.
+    weights = {"up.weight": (rng.standard_normal((72, 256)) * 0.02).astype(np.float32)}
     base = write_model(sources / "base", weights)
     (base / "sub").mkdir()
     (base / "sub" / "notes.txt").write_bytes(b"notes " * 20)
     write_model(sources / "tuned", tuned(weights, 1))
     int8 = write_model(sources / "int8", quantized(weights), "I8")
     # All but fills a pack: the next add seals it, and begins another one.
-    (int8 / "noise.bin").write_bytes(rng.bytes(735_000))
+    (int8 / "noise.bin").write_bytes(rng.bytes(750_000))
     gone = write_model(
         sources / "gone", {"x": (rng.standard_normal((120, 256)) * 0.02).astype("f4")}
     )
@@ -71,6 +124,26 @@ def make_family(place: Path) -> None:
         add(library, sources / "tuned")
         add(library, base)
         library.remove("gone")
+
+
+def damage(path: Path, sources: Path) -> None:
+    """Take away what can be derived again, and flip a byte of one fragment of "base"."""
+    with FragmentLibrary.open(path) as library:
+        add(library, sources / "new")
+        [entry] = [e for e in library.files("base") if e.path == b"model.safetensors"]
+        extents = library.open_content(entry.content).extents
+        place = library.fragment(extents[len(extents) - 1].fragment)
+    pack = path / "packs" / f"{place.pack:010d}.pack"
+    data = bytearray(pack.read_bytes())
+    data[place.offset + place.record_size - 1] ^= 1
+    index_offset, _ = PACK_FOOTER.unpack(bytes(data), len(data) - PACK_FOOTER.size)
+    pack.write_bytes(data[:index_offset])
+    (path / SNAPSHOT_NAME).unlink()
+    connection = sqlite3.connect(path / CATALOG_NAME)
+    with connection:
+        connection.execute("DELETE FROM bases")
+        connection.execute("UPDATE contents SET stored_bytes = 1")
+    connection.close()
 
 
 def shown(path: Path, copy: Path) -> Shown:
@@ -95,14 +168,29 @@ def models_of(library: FragmentLibrary) -> Shown:
     }
 
 
-def check_bytes(library: FragmentLibrary) -> None:
-    assert [item.error for item in library.verify(workers=1) if item.error] == []
+def check_bytes(library: FragmentLibrary, damaged: Collection[str] = ()) -> None:
+    """Every file of every model decodes to its bytes, or is known to be damaged."""
+    failed = {os.fsdecode(item.model) for item in library.verify(workers=1) if item.error}
+    assert failed == set(damaged)
 
 
 def check_records(library: FragmentLibrary) -> None:
     """The packs say what the catalog says, and no closure is too large."""
-    check_rebuildable(library)
-    check_closures(library)
+    if library.models():
+        check_rebuildable(library)
+        check_closures(library)
+
+
+def check_whole(path: Path, allowed: Sequence[Shown], damaged: Collection[str] = ()) -> Shown:
+    """Gives what the library in a directory shows, which is one of `allowed`, and whole."""
+    with FragmentLibrary.open(path) as library:
+        found = models_of(library)
+        assert found in allowed, f"shows {found}"
+        check_bytes(library, damaged)
+        if not damaged:
+            check_records(library)
+    check_snapshot(path / SNAPSHOT_NAME)
+    return found
 
 
 def check_snapshot(path: Path) -> None:
@@ -148,3 +236,7 @@ def with_more(before: Shown, sources: Path) -> Sequence[Shown]:
 
 def updated(before: Shown, sources: Path) -> Sequence[Shown]:
     return [{**before, "base": digests(sources / "update" / "base")}]
+
+
+def whole_family(_: Shown, sources: Path) -> Sequence[Shown]:
+    return [{name: digests(sources / name) for name in ("base", "int8", "tuned")}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -16,16 +15,12 @@ from pathlib import Path
 import pytest
 
 from fragfs.errors import StorageError
-from fragfs.library.catalog import SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.lock import writer_lock
 from tests.faults.support import (
     Shown,
-    check_bytes,
-    check_records,
-    check_snapshot,
+    check_whole,
     make_libraries,
-    models_of,
     renamed,
     same,
     shown,
@@ -39,60 +34,30 @@ SEED = 7
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command line, and what the library may show: interrupted, and last, when it is done."""
+    """A command line, and what the library may show: interrupted, and last, when it is done.
+
+    `status` is how it exits; of models that are `damaged` before and after it is known.
+    """
 
     arguments: tuple[str, ...]
     after: Callable[[Shown, Path], Sequence[Shown]]
     prepared: str = "family"
+    status: int = 0
+    damaged: frozenset[str] = frozenset()
 
 
 COMMANDS = {
     "add": Command(("add", "{sources}/new", "{sources}/other", "--workers", "1"), with_new),
     "rm": Command(("rm", "base"), without("base")),
     "mv": Command(("mv", "tuned", "org/tuned"), renamed),
-    "gc": Command(("gc", "--grace", "0"), same),
+    "gc": Command(("gc", "--grace", "0"), same, "half"),
     "optimize": Command(("optimize", "--workers", "1"), same),
     "optimize --level": Command(("optimize", "--workers", "1", "--level", "fast"), same),
+    "check --repair": Command(("check", "--repair"), same, "damaged", 1, frozenset(["base"])),
+    "check --rebuild": Command(("check", "--rebuild"), same),
     "migrate 1": Command(("ls",), same, "format1"),
     "migrate 2": Command(("ls",), same, "format2"),
 }
-
-
-class Forker:
-    """Runs commands through `forker.py`."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def run(
-        self, library: Path, arguments: Sequence[str], kill_after_s: float | None = None
-    ) -> int:
-        """Run a command; gives its exit status, or less the signal that ended it."""
-        assert self.process.stdin is not None
-        request = [["--library", str(library), *arguments], kill_after_s]
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self._line())
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def forker():
-    made = Forker()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +81,7 @@ def test_killing_a_command_loses_nothing(name, forker, place, scratch):
         path = scratch / f"probe{attempt}"
         shutil.copytree(prepared, path)
         started_s = time.monotonic()
-        assert forker.run(path, arguments) == 0
+        assert forker.run(path, arguments) == command.status
         durations_s.append(time.monotonic() - started_s)
     moments = random.Random(f"{SEED} {name}")
     print(f"{name}: seed {SEED}, moments in {min(durations_s):.3f} s")
@@ -126,47 +91,22 @@ def test_killing_a_command_loses_nothing(name, forker, place, scratch):
         assert attempts <= 10 * KILLS, "it ends before it can be killed"
         path = scratch / "killed"
         shutil.copytree(prepared, path)
-        status = forker.run(path, arguments, moments.random() * min(durations_s))
-        assert status in (0, -signal.SIGKILL)
-        if status:
+        status = forker.run(path, arguments, kill_after_s=moments.random() * min(durations_s))
+        assert status in (command.status, -signal.SIGKILL)
+        if status < 0:
             killed += 1
-            interrupted += check_after_kill(path, arguments, allowed, forker)
+            with writer_lock(path, timeout_s=1.0):
+                pass  # the kernel has freed it
+            found = check_whole(path, allowed, command.damaged)
+            if found != allowed[-1] or before == allowed[-1]:
+                interrupted += 1
+                if command.after is with_new and "new" in found:
+                    # Two models were to be added, and the first one was.
+                    assert forker.run(path, ["rm", "new"]) == 0
+                assert forker.run(path, arguments) == command.status, "not the second time"
+                assert check_whole(path, allowed, command.damaged) == allowed[-1]
         shutil.rmtree(path)
     assert interrupted, "none was killed before its commit"
-
-
-def check_after_kill(
-    path: Path, arguments: Sequence[str], allowed: Sequence[Shown], forker: Forker
-) -> bool:
-    """Whether there was something left to do; the command has done it now."""
-    with writer_lock(path, timeout_s=1.0):
-        pass  # the kernel has freed it
-    found = check(path, allowed)
-    if found == allowed[-1] != allowed[0]:
-        return False
-    again(path, arguments, found, forker)
-    assert check(path, allowed) == allowed[-1]
-    return True
-
-
-def check(path: Path, allowed: Sequence[Shown]) -> Shown:
-    """Gives what the library shows, which is whole."""
-    with FragmentLibrary.open(path) as library:
-        found = models_of(library)
-        assert found in allowed
-        check_bytes(library)
-        check_records(library)
-    check_snapshot(path / SNAPSHOT_NAME)
-    return found
-
-
-def again(path: Path, arguments: Sequence[str], found: Shown, forker: Forker) -> None:
-    if "new" in found:
-        # Two models were to be added, and the first one was.
-        assert forker.run(path, ["rm", "new"]) == 0
-    assert forker.run(path, arguments) == 0, (
-        "the interrupted command does not succeed the second time"
-    )
 
 
 def test_a_second_writer_is_told_who_holds_the_lock(tmp_path):

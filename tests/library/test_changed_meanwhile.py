@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -142,26 +144,47 @@ def two(tmp_path):
         yield library, sources
 
 
-def test_verify_passes_over_a_model_that_is_removed_meanwhile(two):
+@pytest.fixture
+def gate(two, monkeypatch):
+    """Lets one fragment be decoded, and the others once it is set."""
+    library, _ = two
+    opened, first = threading.Event(), threading.Event()
+    decode = library._decoder.decode
+
+    def wait(number, source):
+        if first.is_set():
+            assert opened.wait(60)
+        first.set()
+        return decode(number, source)
+
+    monkeypatch.setattr(library._decoder, "decode", wait)
+    yield opened
+    opened.set()
+
+
+def test_verify_passes_over_a_model_that_is_removed_meanwhile(two, gate):
     library, sources = two
-    results = library.verify()
+    results = library.verify(workers=1)
     first = next(results)
     library.remove("b")
+    gate.set()
     rest = list(results)
     assert {item.model for item in (first, *rest)} == {b"a"}
     assert not [item.error for item in (first, *rest) if item.error]
     assert {item.path.decode() for item in (first, *rest)} == digests(sources["a"]).keys()
 
 
-def test_verify_passes_over_a_file_that_is_replaced_meanwhile(two):
+def test_verify_passes_over_a_file_that_is_replaced_meanwhile(two, gate):
     library, sources = two
-    results = library.verify("b")
+    results = library.verify("b", workers=1)
     first = next(results)
-    (sources["b"] / "model.safetensors").write_bytes(b"another")
+    (sources["b"] / "tokenizer" / "vocab.txt").write_bytes(b"another")
     library.add([sources["b"]], AddOptions(update=True))
+    gate.set()
     rest = list(results)
     assert not [item.error for item in (first, *rest) if item.error]
-    assert b"model.safetensors" not in {item.path for item in (first, *rest)}
+    assert b"tokenizer/vocab.txt" not in {item.path for item in (first, *rest)}
+    assert b"model.safetensors" in {item.path for item in (first, *rest)}
 
 
 def test_verify_of_a_library_whose_models_go_before_they_are_listed(two, monkeypatch):

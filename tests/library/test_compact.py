@@ -495,7 +495,7 @@ def test_one_run_gives_back_what_a_crash_has_left(library):
 # --- others at the same time
 
 
-@pytest.mark.parametrize("when", ["_candidates", "_is_wasteful", "_check_records"])
+@pytest.mark.parametrize("when", ["_wasted", "_is_wasteful", "_check_records"])
 def test_what_others_write_meanwhile_is_vouched_for(tmp_path, monkeypatch, when):
     """Models are published into the open pack just before that pack is given back."""
     sources = [make_model(tmp_path / name, seed=n, rows=40) for n, name in enumerate("abcd")]

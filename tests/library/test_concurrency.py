@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 import threading
+import time
 
+import pytest
+
+from fragfs.errors import StorageError
 from fragfs.library.add import AddOptions
 from fragfs.library.decode import NO_SOURCE
 from fragfs.library.library import FragmentLibrary
+from fragfs.library.lock import TURNSTILE_NAME
 from fragfs.types import LibraryConfig
 from tests.models import digests, make_model
 
@@ -77,3 +84,74 @@ def test_many_threads_decode_at_once(tmp_path):
             thread.join()
         assert content.size == len(expected)
         assert failures == []
+
+
+HOLD = """
+import sys
+from fragfs.library.library import FragmentLibrary
+with FragmentLibrary.open(sys.argv[1]) as library, library._start_batch():
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A library, and another process that is writing to it until it gets a line."""
+    path = tmp_path / "lib"
+    FragmentLibrary.create(path, LibraryConfig(fragment_elements=1 << 12)).close()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    yield path, holder
+    holder.kill()
+    holder.communicate()
+
+
+def test_a_second_adder_says_who_is_writing(held, tmp_path):
+    path, holder = held
+    source = make_model(tmp_path / "source", rows=50)
+    with FragmentLibrary.open(path, lock_timeout_s=0.1) as library:
+        with pytest.raises(StorageError, match=f"another fragfs.*process {holder.pid}") as caught:
+            library.add([source], AddOptions())
+        assert caught.value.retryable
+        assert library.models() == []
+
+
+def test_a_second_adder_waits_for_its_turn(held, tmp_path):
+    path, holder = held
+    source = make_model(tmp_path / "source", rows=50)
+    second = subprocess.Popen(
+        [sys.executable, "-m", "fragfs", "--library", str(path), "add", str(source)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        # It waits once it has the turnstile: nobody else gets that then.
+        turnstile = os.open(path / TURNSTILE_NAME, os.O_RDWR | os.O_CREAT)
+        while is_free(turnstile):
+            assert second.poll() is None, second.stderr.read()
+            time.sleep(0.02)
+        os.close(turnstile)
+        assert second.poll() is None
+        holder.communicate("go on\n", timeout=60)
+        _, errors = second.communicate(timeout=60)
+        assert second.returncode == 0, errors
+    finally:
+        second.kill()
+        second.communicate()
+    with FragmentLibrary.open(path) as library:
+        assert [model.name for model in library.models()] == [b"source"]
+
+
+def is_free(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return True

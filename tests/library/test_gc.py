@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fragfs.errors import NotFoundError
+from fragfs.errors import FormatError, NotFoundError
 from fragfs.library import collect as collect_module
 from fragfs.library.add import AddOptions
 from fragfs.library.collect import Collector
@@ -188,6 +188,50 @@ def test_the_catalog_gets_smaller_too(tmp_path):
             assert_good(reader)
         snapshot = library.path / "catalog.snapshot"
         assert snapshot.stat().st_size < 0.5 * before
+
+
+# --- damage: what is needed must be known
+
+
+@pytest.fixture
+def family(tmp_path):
+    base = base_weights()
+    with FragmentLibrary.create(tmp_path / "family", CONFIG) as library:
+        add(library, write_model(tmp_path / "base", base))
+        add(library, write_model(tmp_path / "tuned", tuned(base, 1)))
+        library.remove("base")
+        yield library
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM bases WHERE fragment = (SELECT max(fragment) FROM bases)",
+        "UPDATE bases SET base = 100000 WHERE fragment = (SELECT max(fragment) FROM bases)",
+        "UPDATE bases SET base = 99 WHERE fragment = (SELECT max(fragment) FROM bases)",
+        "UPDATE fragments SET predictor = 2 WHERE number = (SELECT max(fragment) FROM bases)",
+        "DELETE FROM fragments WHERE number = (SELECT min(base) FROM bases)",
+        "DELETE FROM fragments WHERE number = (SELECT max(fragment) FROM bases)",
+        "UPDATE contents SET extents = x'00'",
+        "UPDATE contents SET extents = (SELECT min(extents) FROM contents), sha256 = x'00'",
+    ],
+)
+def test_from_a_damaged_catalog_nothing_is_dropped(family, damage):
+    execute(family, (damage,))
+    before = fragment_numbers(family)
+    packs = digests(family.path / "packs")
+    for dry_run in (False, True):
+        with pytest.raises(FormatError):
+            family.collect(dry_run=dry_run)
+    assert fragment_numbers(family) == before
+    assert digests(family.path / "packs") == packs
+
+
+def test_names_that_an_index_does_not_find_are_needed_as_well(library):
+    before = fragment_numbers(library)
+    execute(library, ("DELETE FROM files WHERE model = (SELECT max(number) FROM models)",))
+    library.collect()
+    assert fragment_numbers(library) == before
 
 
 # --- in parts
@@ -640,7 +684,7 @@ def test_a_run_that_stops_between_two_parts_is_finished_by_the_next(library, mon
 def test_optimize_ends_with_a_collection(library, monkeypatch):
     calls = []
     real = Collector.run
-    monkeypatch.setattr(Collector, "run", lambda self, **o: calls.append(o) or real(self, **o))
+    monkeypatch.setattr(Collector, "run", lambda self, *a: calls.append(a) or real(self, *a))
     library.remove("second")
     library.optimize(workers=1)
     assert len(calls) == 1

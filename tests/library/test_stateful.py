@@ -39,6 +39,11 @@ CHILDREN_MAX = 2
 NAMES = ("a", "b", "org/c", "org/d", "org/deep/e", "ünï")
 PATHS = ("w.safetensors", "other.safetensors", "sub/w.safetensors", "text", "sub/deep/text")
 
+SHARED_MEMORY = "/dev/shm"
+HAS_ROOM = os.path.isdir(SHARED_MEMORY) and shutil.disk_usage(SHARED_MEMORY).free > 60_000_000
+PLACE = SHARED_MEMORY if HAS_ROOM else None
+"""In memory if there is room: thousands of fsyncs take long on some disks."""
+
 Files = dict[str, bytes]
 
 
@@ -121,7 +126,7 @@ def sums(models: dict[str, Files]) -> dict[str, dict[str, str]]:
 class LibraryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp(prefix="fragfs-stateful-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="fragfs-stateful-", dir=PLACE))
         self.path = self.directory / "lib"
         FragmentLibrary.create(self.path, CONFIG).close()
         self.doors = [FragmentLibrary.open(self.path) for _ in range(DOORS)]
@@ -140,6 +145,7 @@ class LibraryMachine(RuleBasedStateMachine):
             self.door.collect(grace_s=0, wait_s=0)
             for door in self.doors:
                 assert self.decoded(door) == sums(self.models)
+            assert self.door.check(data=True, workers=1).problems == ()
         finally:
             for door in self.doors:
                 door.close()
@@ -271,6 +277,10 @@ class LibraryMachine(RuleBasedStateMachine):
     @rule(crash=crashes, grace_s=st.sampled_from([0, None]))
     def collect(self, crash, grace_s):
         self.change(lambda door: door.collect(grace_s=grace_s, wait_s=0), self.models, crash)
+
+    @rule(repair=st.booleans())
+    def check(self, repair):
+        assert self.door.check(repair=repair, workers=1).problems == ()
 
     # --- other processes
 

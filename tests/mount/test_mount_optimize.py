@@ -1,5 +1,6 @@
 """Optimizing a library while it is mounted."""
 
+import contextlib
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from fragfs.library.library import FragmentLibrary
 from fragfs.mount.unmount import unmount
 from fragfs.types import Level, LibraryConfig
 from tests.models import digests
+from tests.mount.soak_reading import helpers_of
 from tests.mount.support import Reader, drop_pages, is_alive, wait_until, write_safetensors
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
@@ -92,3 +94,29 @@ def test_a_mount_sees_what_was_optimized_before_it(mounts, library, sources):
     root = mounts(library.path).mountpoint
     assert os.listdir(root) == ["stays"]
     assert digests(root / "stays") == digests(sources["stays"])
+
+
+def removed_packs(pid):
+    """Packs that a process has open although they were removed."""
+    found = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+            if target.endswith(".pack (deleted)"):
+                found.add(target)
+    return found
+
+
+def test_a_mount_lets_go_of_removed_packs(mounts, library, sources):
+    """The daemon and its decoders: what they keep open is not free on the disk."""
+    report = mounts(library.path)
+    for name in sources:
+        assert digests(report.mountpoint / name) == digests(sources[name])
+    decoders, _ = helpers_of(report.mountpoint)
+    assert decoders
+    packs = {path.name for path in (library.path / "packs").iterdir()}
+    library.optimize(Level.FAST, workers=1)
+    assert packs - {path.name for path in (library.path / "packs").iterdir()}
+    for pid in (report.pid, *decoders):
+        wait_until(lambda pid=pid: not removed_packs(pid), 30)
+    assert digests(report.mountpoint / "stays") == digests(sources["stays"])

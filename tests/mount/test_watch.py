@@ -3,6 +3,8 @@ import errno
 import threading
 from pathlib import Path
 
+import pytest
+
 import fragfs.mount.watch
 from fragfs.errors import StorageError
 from fragfs.library.tree import Directory
@@ -118,6 +120,23 @@ def test_a_look_without_commits_asks_for_nothing():
     mounted.library.remove(b"org/m/b")
     assert [name.name for name in watcher.look().names] == [b"b"]
     assert watcher.look() is None
+
+
+def test_the_lease_is_moved_whatever_becomes_of_the_rest():
+    mounted = Mounted()
+    watcher = mounted.watcher()
+    watcher.look()
+    watcher.look()
+    assert mounted.lease.said == ["move", "let_go"]
+
+    def failing(path):
+        raise StorageError("the catalog cannot be read")
+
+    mounted.library.remove(b"org/m/b")
+    mounted.library.lookup = failing
+    with pytest.raises(StorageError):
+        watcher.look()
+    assert mounted.lease.said == ["move", "let_go", "move"]
 
 
 def test_stale_names_are_dropped_before_the_kernel_is_told():

@@ -39,7 +39,7 @@ def main() -> int:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             parser.error(f"{directory} is not empty")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"soak of {arguments.minutes:g} minutes, seed {seed}, in {directory}", flush=True)
     started = time.monotonic()
     soak = Soak(directory, seed)
@@ -51,7 +51,8 @@ def main() -> int:
         status = _INTERRUPTED
     finally:
         soak.close()
-        _report(soak, time.monotonic() - started)
+        # Of an interrupted one, errors say only that its children were killed.
+        _report(soak, time.monotonic() - started, failures=status == _FAILED)
         if status == _FAILED:
             print(f"FAIL, seed {seed}; the log and everything else is kept in {directory}")
         else:
@@ -60,8 +61,8 @@ def main() -> int:
     return status
 
 
-def _report(soak: Soak, seconds: float) -> None:
-    for failure in soak.runner.failures:
+def _report(soak: Soak, seconds: float, *, failures: bool) -> None:
+    for failure in soak.runner.failures if failures else ():
         print(f"\n{failure.encode(errors='backslashreplace').decode()}\n")
     counts = Counter(soak.runner.counts)
     read = counts.pop("bytes read", 0)

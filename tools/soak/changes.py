@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from tools.soak.runner import Child, Runner, SoakError
 from tools.soak.shelf import Shelf
 from tools.soak.sources import KINDS, SourceMaker, Version
 
-__all__ = ["Changer", "check_model"]
+__all__ = ["Changer", "check_model", "parse_sums"]
 
 _MODELS_MIN, _MODELS_MAX = 8, 26
 _BYTES_MAX = 120_000_000
@@ -22,6 +23,8 @@ _BYTES_MAX = 120_000_000
 
 _KILLED = 0.3
 """Share of commands that are disturbed."""
+
+_ESCAPED = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
 
 _Argument = str | os.PathLike[str]
 
@@ -43,18 +46,23 @@ def stored_sums(runner: Runner, name: str) -> dict[bytes, str] | None:
     """
     result = runner.run("verify MODEL", "verify", name, "--sha256sum", allowed=(0, 1))
     if result.status == 0:
-        return dict(map(_parse_sum, result.output.splitlines()))
+        return parse_sums(result.output)
     if "has no model named" in result.errors:
         return None
     raise SoakError(f"verify {name} failed:\n{result.errors}")
 
 
+def parse_sums(output: bytes) -> dict[bytes, str]:
+    """What `sha256sum -c` would read: digests by path."""
+    return dict(map(_parse_sum, output.splitlines()))
+
+
 def _parse_sum(line: bytes) -> tuple[bytes, str]:
-    """A line of `sha256sum`: a leading backslash says that the name is escaped."""
+    # A leading backslash says that the name is escaped.
     escaped = line.startswith(b"\\")
     digest, path = line.removeprefix(b"\\").split(b"  ", 1)
     if escaped:
-        path = path.replace(b"\\n", b"\n").replace(b"\\r", b"\r").replace(b"\\\\", b"\\")
+        path = re.sub(rb"\\(.)", lambda found: _ESCAPED[found[1]], path)
     return path, digest.decode()
 
 

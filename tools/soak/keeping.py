@@ -43,12 +43,19 @@ class Keeper:
         runner: Runs them.
         shelf: What the library holds.
         directory: For exports.
+        mountpoint: A mount that lives all the time.
         chosen: Chooses.
     """
 
     def __init__(
-        self, runner: Runner, shelf: Shelf, directory: Path, chosen: random.Random
+        self,
+        runner: Runner,
+        shelf: Shelf,
+        directory: Path,
+        mountpoint: Path,
+        chosen: random.Random,
     ) -> None:
+        self._mountpoint = mountpoint
         self._runner = runner
         self._shelf = shelf
         self._directory = directory
@@ -97,8 +104,10 @@ class Keeper:
             if whole == "export":
                 self._export(name, version)
             elif whole == "warm":
-                # Short of memory, or a mount just ended: it says so with 1.
-                self._runner.run("warm", "warm", name, allowed=(0, 1))
+                # Short of memory, or not shown yet: it says so with 1. Only through the mount that
+                # stays: who warms keeps others from being unmounted.
+                place = ("--mountpoint", self._mountpoint)
+                self._runner.run("warm", "warm", name, *place, allowed=(0, 1))
             elif self._chosen.random() < 0.5:
                 self._runner.run("explain", "explain", name)
             else:

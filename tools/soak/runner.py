@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +27,8 @@ _HANG_S = 300.0
 
 _STOPPED_S_MAX = 3.0
 """How long a stopped process stays so: far less than others wait for a lock."""
+
+_LAST_WORDS_S = 5.0
 
 _SIGNALS = (
     signal.SIGKILL,
@@ -120,16 +122,18 @@ class Child:
 class Runner:
     """Everything that threads of a soak share: children, the log, the counts, the end.
 
+    Attributes:
+        hang_s: How long a child may say nothing.
+
     Args:
         directory: Where the log and output of children go.
         library: The library.
         mark: What children are marked with.
-        hang_s: How long a child may say nothing.
     """
 
-    def __init__(self, directory: Path, library: Path, mark: str, hang_s: float = _HANG_S) -> None:
+    def __init__(self, directory: Path, library: Path, mark: str) -> None:
         self.library = library
-        self.hang_s = hang_s
+        self.hang_s = _HANG_S
         self.stopping = threading.Event()
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -143,6 +147,7 @@ class Runner:
             "TMPDIR": os.fspath(self._output),
             "FRAGFS_LIBRARY": os.fspath(library),
             "PYTHONFAULTHANDLER": "1",  # SIGABRT then shows what Python was at
+            "PYTHONPATH": os.fspath(ROOT),
             processes.MARK: mark,
         }
         self._log = (directory / "log").open("w", buffering=1, errors="backslashreplace")
@@ -216,7 +221,8 @@ class Runner:
         """What a hanging child waits for; ends it."""
         text = processes.describe(child.process.pid)
         child.process.send_signal(signal.SIGABRT)
-        time.sleep(2)
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(_LAST_WORDS_S)
         child.process.kill()
         return f"{text}\n{child.errors()}"
 
@@ -248,6 +254,9 @@ class Runner:
         self.log(f"{child.process.pid} {action} ended with {result.status} after {took:.2f} s")
         self.count(action)
         ended_by = sent if sent not in (None, signal.SIGSTOP) else None
+        # Before the interpreter has started, its death is an error of its own.
+        if sent == signal.SIGINT and result.status == 1 and "KeyboardInterrupt" in result.errors:
+            result = replace(result, status=-signal.SIGINT)
         expected = _ENDS[signal.Signals(sent)] if ended_by is not None and sent else allowed
         cut_short = result.status != 0 and ended_by is not None
         if result.status not in expected or (
@@ -277,15 +286,16 @@ class Runner:
             child.process.send_signal(signal.SIGCONT)
         return int(number)
 
-    def abandon(self) -> None:
-        """Kill every child that still runs."""
+    def kill_children(self) -> None:
+        """Kill every child that still runs; who waits for it will find that."""
         with self._lock:
-            children = list(self._children.values())
-        for child in children:
-            child.process.kill()
-            child.process.wait()
-            child.close()
+            for child in self._children.values():
+                child.process.kill()
 
     def close(self) -> None:
-        """Close the log."""
+        """Kill what is left, and close the log; no other thread uses this any more."""
+        self.kill_children()
+        for child in list(self._children.values()):
+            child.process.wait()
+            self.end(child)
         self._log.close()

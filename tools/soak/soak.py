@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fragfs.cli.main import COMMANDS
 from tools.soak import processes
-from tools.soak.changes import Changer, check_model
+from tools.soak.changes import Changer, parse_sums
 from tools.soak.keeping import Keeper, library_bytes
 from tools.soak.mounting import Mount, Readers
 from tools.soak.runner import Child, Runner, SoakError
@@ -40,7 +40,7 @@ _DAEMON_SPARE_BYTES = 64 << 20
 _DAEMON_SPARE_DESCRIPTORS = 1100
 """A daemon holds 64 MiB of fragments as open files, here of 64 KiB each, and up to 128 packs."""
 
-_AFRESH_FACTOR_MAX = 1.10
+_AFRESH_FACTOR_MAX = 1.05
 _AFRESH_SPARE_BYTES = 2 << 20
 """A library that went through all this, compared with one built of the same models: packs are left
 alone that have little to give back, and other bases were there when models came."""
@@ -122,7 +122,11 @@ class Soak:
             self._start(f"changer {number}", changer.run)
         for name in ("reorganizing", "reading"):
             keeper = Keeper(
-                self.runner, self._shelf, self._directory, self._random(f"keeper {name}")
+                self.runner,
+                self._shelf,
+                self._directory,
+                steady.point,
+                self._random(f"keeper {name}"),
             )
             self._start(f"keeper {name}", getattr(keeper, f"run_{name}"))
         for number in range(_STEADY_READERS):
@@ -133,10 +137,15 @@ class Soak:
         self._start("sampler", self._sample)
         try:
             self.runner.stopping.wait(seconds)
-        finally:
+        except BaseException:
             self.runner.stopping.set()
-            for thread in self._threads:
-                thread.join()
+            while any(thread.is_alive() for thread in self._threads):
+                self.runner.kill_children()
+                time.sleep(0.1)
+            raise
+        self.runner.stopping.set()
+        for thread in self._threads:
+            thread.join()
 
     def _hold(self, child: Child, mode: str, versions: list[Version]) -> None:
         for version in versions:
@@ -205,6 +214,7 @@ class Soak:
             if chosen.random() < 0.3:
                 self._be_guest(point, chosen)  # after whatever end the one before had
             point.rmdir()
+            point.with_suffix(".log").unlink(missing_ok=True)
 
     def _be_guest(self, point: Path, chosen: random.Random) -> None:
         options = chosen.choice(
@@ -212,7 +222,7 @@ class Soak:
                 ["--cache", _CACHE_BYTES],
                 ["--cache", "0"],
                 ["--no-prefill", "--cache", _CACHE_BYTES],
-                self._cache_on_disk(),
+                ["--cache", "4M", "--cache-dir", os.fspath(self._directory / "cache")],
             )
         )
         mount = Mount(self.runner, point, [*options, "--grace", "1"])
@@ -239,6 +249,7 @@ class Soak:
                 for reader in readers:
                     self._readers.finish(reader, mount, "plain")
                 mount.unmount(*(["--lazy"] if end == "lazy" else []))
+                mount.check_log()
                 return
             # Their end first: what cuts readers off is what is to be seen.
             if end == "force":
@@ -252,11 +263,9 @@ class Soak:
         if end == "SIGKILL" and point in processes.mounts_below(self._mounts):
             self.runner.run("umount", "umount", point)
 
-    def _cache_on_disk(self) -> list[str]:
-        return ["--cache", "4M", "--cache-dir", os.fspath(self._directory / "cache")]
-
     def _remember_cache(self, mount: Mount) -> None:
-        if mount.cache is not None:
+        # One on disk stays for the next mount.
+        if mount.cache is not None and not mount.cache.startswith(self._mark):
             self._caches.add(mount.cache)
 
     def _disturb_helpers(self, chosen: random.Random) -> None:
@@ -302,12 +311,11 @@ class Soak:
         if "gc" in COMMANDS:
             run("gc", "gc", "--grace", "0")  # with a mount that nobody reads through
         steady.unmount()
-        self._clear_cache_on_disk()
+        steady.check_log()
         self._check_no_processes()
         if "check" in COMMANDS:
             run("check", "check")
             run("check --data", "check", "--data")
-        run("verify", "verify")
         self._verify_models()
         run("optimize", "optimize")
         if "gc" in COMMANDS:
@@ -317,12 +325,6 @@ class Soak:
         if "check" in COMMANDS:
             self._rebuild()
         self._check_nothing_left()
-
-    def _clear_cache_on_disk(self) -> None:
-        """Its last user may have been killed; the next one finds that, and removes it."""
-        point = self._mounts / "last"
-        point.mkdir()
-        Mount(self.runner, point, self._cache_on_disk()).unmount()
 
     def _check_growth(self) -> None:
         """Memory and descriptors at the end are about those of before."""
@@ -346,8 +348,16 @@ class Soak:
             raise SoakError(f"the library lists other models than it must: {difference}")
 
     def _verify_models(self) -> None:
-        for name, version in self._shelf.models().items():
-            check_model(self.runner, name, version)
+        """Decode everything, and compare it with the oracle."""
+        wanted = {
+            os.fsencode(name) + b"/" + path: digest
+            for name, version in self._shelf.models().items()
+            for path, digest in version.sums.items()
+        }
+        found = parse_sums(self.runner.run("verify all", "verify", "--sha256sum").output)
+        if found != wanted:
+            difference = set(found.items()) ^ set(wanted.items())
+            raise SoakError(f"the library holds what it must not, or lacks: {difference}")
 
     def _compare_sizes(self) -> None:
         """Compare with a library that is built of the same models and nothing else."""
@@ -398,7 +408,7 @@ class Soak:
     def close(self) -> None:
         """Take down whatever is left: processes, then mounts."""
         self.runner.stopping.set()
-        self.runner.abandon()
+        self.runner.kill_children()
         for pid in processes.marked(self._mark):
             processes.kill(pid)
         for point in processes.mounts_below(self._directory):
