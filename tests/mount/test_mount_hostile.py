@@ -107,10 +107,8 @@ class NoSource:
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_wrong_bytes_in_the_cache_are_never_served(mounts, small, tmp_path, in_memory):
     path, source = small
-    if in_memory:
-        parent = Path("/dev/shm") / f"fragfs-test-{os.getpid()}"
-    else:
-        parent = tmp_path / "cache"
+    shared = Path("/dev/shm") / f"fragfs-test-{os.getpid()}"
+    parent = shared if in_memory else tmp_path / "cache"
     parent.mkdir()
     try:
         with FragmentLibrary.open(path) as library:
