@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 import sqlite3
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fragfs.library import filesystem
 from fragfs.library.filesystem import database_error, lock_error, network_kind
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.lock import writer_lock
+from tests.faults.small_disk import as_root
 from tests.faults.support import CONFIG, check_whole, make_libraries, models_of
 from tests.library.test_bases import add
 from tests.models import digests
@@ -38,44 +38,6 @@ CHANGES = (
 
 FILES_MAX = (4, 6, 7, 8, 9, 10, 12, 14, 16, 20, 32, 40)
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting and changing users take root")
-
-
-class Disk:
-    """A small file system of its own."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-        # Others may look in, whatever pytest made of the directories above.
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=16m,mode=755", "fragfs-test", path],
-            capture_output=True,
-            text=True,
-        )
-        if made.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted: {made.stderr.strip()}")
-
-    def change(self, options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
-
-    def fill(self) -> None:
-        """Leave not a byte."""
-        with (self.path / "filler").open("wb", buffering=0) as filler:
-            size = 1 << 20
-            while size:
-                try:
-                    filler.write(bytes(size))
-                except OSError:
-                    size //= 2
-        assert os.statvfs(self.path).f_bavail == 0
-
-    def clear(self) -> None:
-        (self.path / "filler").unlink()
-
-    def close(self) -> None:
-        subprocess.run(["umount", "--lazy", self.path], check=True)
-
 
 @pytest.fixture(scope="module")
 def place(memory_path):
@@ -88,17 +50,6 @@ def place(memory_path):
 @pytest.fixture
 def sources(place):
     return place / "sources"
-
-
-@pytest.fixture
-def disk():
-    # Not below pytest's directory, into which other users may not look.
-    parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
-    path = parent / f"fragfs-tests-disk-{os.getpid()}"
-    made = Disk(path)
-    yield made
-    made.close()
-    path.rmdir()
 
 
 @pytest.fixture
@@ -335,6 +286,7 @@ def test_a_file_system_without_locks(place, sources, scratch, no_locks, monkeypa
             lambda: library.remove("base"),
             lambda: library.move("base", "x"),
             lambda: library.collect(),
+            lambda: library.hold_lease("mount on /mnt").__enter__(),
         ):
             with pytest.raises(StorageError, match=message) as caught:
                 act()
