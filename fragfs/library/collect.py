@@ -232,7 +232,7 @@ class Collector:
                 f"the catalog lacks {int(np.count_nonzero(lost))} fragments that models need, or"
                 " what they are predicted from; nothing was dropped",
                 path=str(self._catalog.path),
-                remedy="see what is wrong with: fragfs verify",
+                remedy="see what is wrong with: fragfs check; mend it with: fragfs check --repair",
             )
 
     def _kept(self, marks: _Marks, leases: Sequence[LeaseState], *, alone: bool) -> _Kept:

@@ -681,9 +681,18 @@ class FragmentLibrary:
             progress,
         )
         repairer = Repairer(
-            self._files, self.path, self._catalog, self._packs, self._writer, checker, self._now_ns
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._writer,
+            checker,
+            self.uuid,
+            self._now_ns,
         )
-        return repairer.repair(data=data) if repair else repairer.check(data=data)
+        # What is dropped while it is looked at would be taken for lost.
+        with hold_lease(self.path, "check"):
+            return repairer.repair(data=data) if repair else repairer.check(data=data)
 
     # --- whole models
 

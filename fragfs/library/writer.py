@@ -620,7 +620,7 @@ def read_intents(files: Files, staging: Path) -> list[bytes]:
         staging: The library's directory for unfinished work.
     """
     path = staging / INTENT_NAME
-    if INTENT_NAME not in files.names(staging):
+    if not staging.is_dir() or INTENT_NAME not in files.names(staging):
         return []
     descriptor = files.open_read(path)
     try:

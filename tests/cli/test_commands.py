@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fragfs.library.library import FragmentLibrary
+
 MODEL_KEYS = {"name", "file_count", "logical_bytes", "stored_bytes", "added_ns", "mtime_ns"}
 FILE_KEYS = {"path", "size", "stored_bytes", "sha256", "mode", "mtime_ns", "verdict"}
 ADD_KEYS = set(

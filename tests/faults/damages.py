@@ -46,7 +46,9 @@ class Damage:
 
     Attributes:
         name: What is damaged, where and how.
-        area: "harmless", "catalog", "cell" or "pack": what is expected of a reader.
+        area: What is expected. "pack": who needs the bytes gets an error, nobody else does.
+            "catalog" and "cell": right, or an error. "harmless": all is right, and the next writer
+            makes the file anew. "history": as "pack"; it tells a rebuild a whole, false story.
         apply: Does it to the library in a directory.
     """
 
@@ -177,7 +179,9 @@ def pack_damages(library: Path) -> Iterator[Damage]:
     for path in sorted((library / "packs").iterdir()):
         name, data = f"packs/{path.name}", path.read_bytes()
         for field, offset, size in _fields(PACK_HEADER, 0):
-            yield from _field_damages(name, f"header {field}", offset, size, PACK_HEADER.size)
+            yield from _field_damages(
+                name, f"header {field}", offset, size, PACK_HEADER.size, forged="history"
+            )
         records = scan(path)
         for word, index in places(len(records)).items():
             yield from _record_damages(name, data, records[index], word)
@@ -229,9 +233,10 @@ def _record_damages(name: str, data: bytes, record: ScannedRecord, word: str) ->
     elif header.kind is RecordKind.BATCH_TRAILER:
         fields += _fields(BATCH_TRAILER, own)
     label = f"record {word}"
+    forged = "history" if header.kind is RecordKind.BATCH_TRAILER else "pack"
     for field, offset, size in fields:
         yield from _field_damages(
-            name, f"{label} {field}", offset, size, start + header.header_size, start
+            name, f"{label} {field}", offset, size, start + header.header_size, start, forged
         )
     checksum = start + header.header_size - 8
     yield from _field_damages(name, f"{label} header_checksum", checksum, 8, None)
@@ -262,7 +267,13 @@ def _edit(name: str, what: str, edit: Callable[[bytearray], None]) -> Damage:
 
 
 def _field_damages(
-    name: str, what: str, offset: int, size: int, header_end: int | None, header_start: int = 0
+    name: str,
+    what: str,
+    offset: int,
+    size: int,
+    header_end: int | None,
+    header_start: int = 0,
+    forged: str = "pack",
 ) -> Iterator[Damage]:
     """A field flipped, and flipped with the header's checksum made to fit if there is one."""
     yield _edit(name, f"{what} flipped", lambda data: flip(data, offset + size // 2))
@@ -273,7 +284,7 @@ def _field_damages(
         flip(data, offset, 0)
         _seal(data, header_start, header_end)
 
-    yield _edit(name, f"{what} forged", forge)
+    yield Damage(f"{name}: {what} forged", forged, edited(name, forge))
 
 
 def _seal(data: bytearray, start: int, end: int) -> None:
@@ -396,7 +407,8 @@ def _cell_ways(
         spoilt = bytearray(value or b"\0")
         flip(spoilt, len(spoilt) // 2)
         yield "a flipped bit", bytes(spoilt)
-        yield "shorter", value[:-1]
+        if value:
+            yield "shorter", value[:-1]
     elif isinstance(value, str):
         yield "bytes", b"\xff\0"
 

@@ -251,6 +251,32 @@ def test_packs_under_each_others_names_are_named(packs):
     }
 
 
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("place", [0, 8, 30, 60])
+def test_a_damaged_pack_header_is_written_again(packs, number, place):
+    victim = pack_path(packs, number)
+    good = victim.read_bytes()
+    flip(victim, place)
+    with FragmentLibrary.open(packs) as library:
+        report = library.check()
+        (problem,) = report.problems
+        assert problem.kind == "repairable"
+        assert set(problem.files) == failed(library)
+        report = library.check(repair=True, data=True)
+        assert report.problems == ()
+        assert victim.read_bytes()[:64] == good[:64]
+        assert not failed(library)
+        assert rows(packs, "SELECT * FROM quarantine") == []
+
+
+def test_missing_directories_are_named(packs):
+    (packs / "staging").rmdir()
+    assert kinds(check(packs)) == ["repairable"]
+    assert check(packs, repair=True).problems == ()
+    shutil.rmtree(packs / "packs")
+    assert set(kinds(check(packs))) == {"lost", "repairable"}
+
+
 def test_a_missing_index_is_made_again_without_a_change_to_other_bytes(packs):
     victim = packs_of(packs)[0]
     good = victim.read_bytes()

@@ -14,6 +14,7 @@ import pytest
 from tests.mount.conftest import reason_without_fuse
 from tools.soak import processes
 from tools.soak.changes import parse_sums
+from tools.soak.mounting import Mount
 from tools.soak.reader import MISSING, REFUSED, WRONG
 from tools.soak.runner import Runner, SoakError
 from tools.soak.shelf import Shelf
@@ -232,6 +233,17 @@ def test_what_is_left_is_found(runner, tmp_path):
     child = runner.start([sys.executable, "-c", "import time; time.sleep(99)"])
     assert processes.marked(os.fspath(tmp_path)) == [child.process.pid]
     assert f"process {child.process.pid}" in processes.describe(child.process.pid)
+
+
+def test_an_error_in_a_log_is_seen(tmp_path):
+    mount = Mount.__new__(Mount)
+    mount.point = tmp_path / "point"
+    log = tmp_path / "point.log"
+    log.write_text("2026-11-28 07:00:00,000 WARNING 1: a decoder process (2) has ended\n")
+    mount.check_log()
+    log.write_text("2026-11-28 07:00:00,000 ERROR 1: fragment 3f9a: digest differs\n")
+    with pytest.raises(SoakError, match="digest differs"):
+        mount.check_log()
 
 
 # --- all of it

@@ -23,6 +23,7 @@ _PATIENCE_S = 120.0
 
 _ENDS_S = 60.0
 _STOPPED_S_MAX = 2.0
+_BAD_WORDS = (" ERROR ", " CRITICAL ", "Traceback")
 
 
 class Mount:
@@ -123,6 +124,17 @@ class Mount:
     def _note(self, kind: str, pid: int, what: str) -> None:
         self._runner.log(f"{what} to {kind} {pid} of {self.point.name}")
         self._runner.count(f"{what} to {kind}")
+
+    def check_log(self) -> None:
+        """See that the daemon told of nothing but helpers that ended.
+
+        Raises:
+            SoakError: It logged an error.
+        """
+        path = self.point.with_suffix(".log")
+        for line in path.read_text(errors="replace").splitlines():
+            if any(word in line for word in _BAD_WORDS):
+                raise SoakError(f"the daemon of {self.point} logged: {line}\n{self.log_text()}")
 
     def log_text(self) -> str:
         """The end of the daemon's log."""

@@ -40,7 +40,7 @@ _DAEMON_SPARE_BYTES = 64 << 20
 _DAEMON_SPARE_DESCRIPTORS = 1100
 """A daemon holds 64 MiB of fragments as open files, here of 64 KiB each, and up to 128 packs."""
 
-_AFRESH_FACTOR_MAX = 1.10
+_AFRESH_FACTOR_MAX = 1.05
 _AFRESH_SPARE_BYTES = 2 << 20
 """A library that went through all this, compared with one built of the same models: packs are left
 alone that have little to give back, and other bases were there when models came."""
@@ -214,6 +214,7 @@ class Soak:
             if chosen.random() < 0.3:
                 self._be_guest(point, chosen)  # after whatever end the one before had
             point.rmdir()
+            point.with_suffix(".log").unlink(missing_ok=True)
 
     def _be_guest(self, point: Path, chosen: random.Random) -> None:
         options = chosen.choice(
@@ -248,6 +249,7 @@ class Soak:
                 for reader in readers:
                     self._readers.finish(reader, mount, "plain")
                 mount.unmount(*(["--lazy"] if end == "lazy" else []))
+                mount.check_log()
                 return
             # Their end first: what cuts readers off is what is to be seen.
             if end == "force":
@@ -309,6 +311,7 @@ class Soak:
         if "gc" in COMMANDS:
             run("gc", "gc", "--grace", "0")  # with a mount that nobody reads through
         steady.unmount()
+        steady.check_log()
         self._check_no_processes()
         if "check" in COMMANDS:
             run("check", "check")
