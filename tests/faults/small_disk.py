@@ -30,8 +30,8 @@ class Disk:
     def change(self, options: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
 
-    def fill(self) -> None:
-        """Leave not a byte."""
+    def fill(self, free_bytes: int = 0) -> None:
+        """Leave so many bytes, in whole pages."""
         with (self.path / "filler").open("wb", buffering=0) as filler:
             size = 1 << 20
             while size:
@@ -39,7 +39,9 @@ class Disk:
                     filler.write(bytes(size))
                 except OSError:
                     size //= 2
-        assert os.statvfs(self.path).f_bavail == 0
+            filler.truncate(filler.tell() - free_bytes)
+        status = os.statvfs(self.path)
+        assert status.f_bavail * status.f_frsize >= free_bytes
 
     def clear(self) -> None:
         (self.path / "filler").unlink()
