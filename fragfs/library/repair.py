@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from fragfs.errors import StorageError
 from fragfs.library.appender import PackState
 from fragfs.library.catalog import Catalog
 from fragfs.library.check import Checker
@@ -92,6 +93,30 @@ class Repairer:
             # A change between two looks can make what is sound seem otherwise: look again.
             if self._catalog.generation() == before:
                 break
+        if not (findings.problems or findings.damages or findings.contents):
+            return findings
+        try:
+            # So can a commit that was under way: nothing is called damaged that others work on.
+            with self._writer.locked():
+                return self._look_again(findings)
+        except StorageError as error:
+            findings.notes.append(f"others may have been writing meanwhile: {error.message}")
+            return findings
+
+    def _look_again(self, found: Findings) -> Findings:
+        """Look under the lock, and decode what was or is suspected."""
+        findings = self._checker.run(data=False)
+        if any(problem.kind is ProblemKind.CATALOG for problem in findings.problems):
+            return findings
+        if found.decoded_count is not None:
+            suspects = {*found.damaged(), *findings.quarantined} - findings.damaged().keys()
+            self._checker.decode_some(suspects, findings)
+            findings.decoded_count = found.decoded_count
+        findings.contents = {
+            number: what
+            for number, what in found.contents.items()
+            if self._catalog.row("SELECT 1 FROM contents WHERE number = ?", (number,))
+        }
         return findings
 
     def repair(self, *, data: bool) -> CheckReport:

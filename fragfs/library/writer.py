@@ -445,14 +445,15 @@ class LibraryWriter:
         """Hold the lock and collect records; the caller commits, or the batch is forgotten."""
         if self.catalog.read_only:
             raise unwritable_error(self._directory)
-        with self._locked():
+        with self.locked():
             batch = Batch(self)
             try:
                 yield batch
             finally:
                 batch.close()
 
-    def _locked(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the lock: nobody changes the library while the context lasts."""
         return writer_lock(self._directory, self._lock_timeout_s, self.catalog.generation)
 
     def open_pack(self, retired: Collection[int] = ()) -> PackAppender:
@@ -587,7 +588,7 @@ class LibraryWriter:
         Raises:
             StorageError: There is no room for it, or another writer kept the lock.
         """
-        with self._locked():
+        with self.locked():
             self.catalog.shrink()
 
     def publish_snapshot(self) -> None:
@@ -595,7 +596,7 @@ class LibraryWriter:
 
         Under the lock, so that an older copy never replaces a newer one.
         """
-        with self._locked():
+        with self.locked():
             temporary = self._directory / STAGING_NAME / f"{SNAPSHOT_NAME}.{os.getpid()}"
             self._files.unlink(temporary)
             try:
