@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME
+from fragfs.library.catalog import CATALOG_NAME, NUMBERS_MAX, SNAPSHOT_NAME
 from fragfs.library.files import Files
 from fragfs.library.writer import STAGING_NAME
 from fragfs.types import FragmentId
@@ -20,6 +20,8 @@ __all__ = ["FormerCatalog", "keep_former", "read_formers", "remove_journal"]
 
 _KEPT_NAME = "catalog.old-{}.sqlite"
 _COPIED_BYTES = 4 << 20
+_COUNT_MAX = 1 << 48
+_PACKS_MAX = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def _read(path: Path) -> FormerCatalog | None:
                 FragmentId(fragment): int(number)
                 for number, fragment in connection.execute("SELECT number, id FROM fragments")
             }
-            return FormerCatalog(
+            former = FormerCatalog(
                 bytes(uuid),
                 int(generation),
                 {str(name): int(seq) for name, seq in used.items()},
@@ -80,6 +82,19 @@ def _read(path: Path) -> FormerCatalog | None:
             )
     except (sqlite3.Error, TypeError, ValueError):
         return None  # damaged: it tells nothing
+    return former if _is_plausible(former) else None
+
+
+def _is_plausible(former: FormerCatalog) -> bool:
+    """Whether its numbers may be carried over: those of a damaged catalog would damage the next."""
+    used = former.used.get("fragments", 0)
+    return (
+        0 <= former.generation < _COUNT_MAX
+        and 0 <= former.pack_max < _PACKS_MAX
+        and 0 <= used < NUMBERS_MAX // 2
+        and all(0 <= highest < _COUNT_MAX for highest in former.used.values())
+        and all(0 < number <= used for number in former.numbers.values())
+    )
 
 
 def _kept_index(name: str) -> int:

@@ -198,11 +198,13 @@ class RebuiltCatalog:
         used = max((former.used.get("fragments", 0) for former in self.formers), default=0)
         if newest is None or newest.generation < self.generation:
             used += self.record_count
+        taken = set()
         for fragment in fragments:
             number = newest.numbers.get(fragment) if newest is not None else None
-            if number is None:
+            if number is None or number in taken:
                 used += 1
                 number = used
+            taken.add(number)
             self._numbers[fragment] = number
         self._used_fragments = used
 

@@ -460,3 +460,25 @@ def test_whatever_happens_to_packs_nothing_wrong_is_shown(packs, path, tmp_path,
                 library.add([tmp_path / name], AddOptions(update=True, checksum=True))
         if library_path is packs:
             assert not failed(library)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE sqlite_sequence SET seq = 1 << 61",
+        "UPDATE sqlite_sequence SET seq = -5",
+        "UPDATE library SET generation = 1 << 62",
+        "UPDATE packs SET number = 1 << 40",
+        "UPDATE fragments SET number = 1 << 50 WHERE number = 3",
+    ],
+)
+def test_what_cannot_be_in_an_old_catalog_is_not_carried_over(path, sql):
+    with FragmentLibrary.open(path) as library:
+        shown = everything(library)
+    write_catalog(path, sql)
+    (path / "catalog.snapshot").unlink()
+    FragmentLibrary.rebuild(path)
+    with FragmentLibrary.open(path) as library:
+        assert everything(library) == shown
+        assert is_sound(library)
+    assert max(rows(path, "SELECT max(number) FROM fragments")[0]) < 10_000
