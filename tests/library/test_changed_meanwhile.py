@@ -10,7 +10,7 @@ import pytest
 
 from fragfs.codec.predict import Prediction
 from fragfs.codec.predicted import encode_predicted
-from fragfs.errors import IntegrityError, NotFoundError
+from fragfs.errors import IntegrityError, NotFoundError, StorageError
 from fragfs.library.add import AddOptions
 from fragfs.library.decode import NO_SOURCE
 from fragfs.library.files import OsFiles
@@ -262,3 +262,22 @@ def test_a_check_while_others_never_stop(two, tmp_path):
         assert checking.check(data=True, workers=1).problems == ()
     assert waiting == []
     assert len(library.models()) == 5
+
+
+def test_a_check_of_a_reader_while_others_never_stop(two, tmp_path, monkeypatch):
+    """Who may not write can keep nobody waiting, and says so instead of something wrong."""
+    library, _ = two
+    meddling = MeddlingFiles()
+    waiting = [make_model(tmp_path / f"new{n}", seed=20 + n, rows=30) for n in range(3)]
+
+    def add_another():
+        if waiting:
+            library.add([waiting.pop()], AddOptions())
+
+    with FragmentLibrary.open(library.path, files=meddling) as checking:
+        monkeypatch.setattr(checking._catalog, "read_only", True)
+        meddling.meddle = add_another
+        with pytest.raises(StorageError, match="changed while it was checked") as caught:
+            checking.check(workers=1)
+        assert caught.value.retryable
+        assert checking.check(workers=1).problems == ()
