@@ -490,7 +490,7 @@ class FragmentLibrary:
         before = self._catalog.generation()
         try:
             # Fragments are stored before a model names them: nobody shall drop them meanwhile.
-            with hold_lease(self.path, "add"):
+            with hold_lease(self.path, "add", required=True):
                 report = adder.run(paths, options)
             if report.healed:
                 with self._writer.batch() as batch:

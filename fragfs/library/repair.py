@@ -91,28 +91,32 @@ class Repairer:
             before = self._catalog.generation()
             findings = self._checker.run(data=data)
             # A change between two looks can make what is sound seem otherwise: look again.
-            if self._catalog.generation() == before or not findings.report(self._catalog).problems:
-                return findings
-        return self._look_while_others_wait(findings)
+            if self._catalog.generation() == before:
+                break
+        if not (findings.problems or findings.damages or findings.contents):
+            return findings
+        try:
+            # So can a commit that was under way: nothing is called damaged that others work on.
+            with self._writer.locked():
+                return self._look_again(findings)
+        except StorageError as error:
+            findings.notes.append(f"others may have been writing meanwhile: {error.message}")
+            return findings
 
-    def _look_while_others_wait(self, found: Findings) -> Findings:
-        """Look at what was found beside changes once more, with nobody changing anything.
-
-        Raises:
-            StorageError: This user may not keep others waiting, or somebody holds the lock.
-        """
-        if self._catalog.read_only:
-            raise StorageError(
-                "the library changed while it was checked",
-                path=str(self._directory),
-                retryable=True,
-                remedy="run the command again",
-            )
-        with self._writer.hold():
-            findings = self._checker.run(data=False)
-            self._checker.decode_some(found.damaged().keys() - findings.damaged().keys(), findings)
-        findings.contents = found.contents
-        findings.decoded_count = found.decoded_count
+    def _look_again(self, found: Findings) -> Findings:
+        """Look under the lock, and decode what was or is suspected."""
+        findings = self._checker.run(data=False)
+        if any(problem.kind is ProblemKind.CATALOG for problem in findings.problems):
+            return findings
+        if found.decoded_count is not None:
+            suspects = {*found.damaged(), *findings.quarantined} - findings.damaged().keys()
+            self._checker.decode_some(suspects, findings)
+            findings.decoded_count = found.decoded_count
+        findings.contents = {
+            number: what
+            for number, what in found.contents.items()
+            if self._catalog.row("SELECT 1 FROM contents WHERE number = ?", (number,))
+        }
         return findings
 
     def repair(self, *, data: bool) -> CheckReport:

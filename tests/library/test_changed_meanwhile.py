@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from fragfs.codec.predict import Prediction
 from fragfs.codec.predicted import encode_predicted
-from fragfs.errors import IntegrityError, NotFoundError, StorageError
+from fragfs.errors import IntegrityError, NotFoundError
 from fragfs.library.add import AddOptions
 from fragfs.library.decode import NO_SOURCE
 from fragfs.library.files import OsFiles
@@ -208,45 +207,6 @@ class MeddlingFiles(OsFiles):
         return super().names(path)
 
 
-class StoppingFiles(OsFiles):
-    """Stops where a batch is written and its commit is still to come."""
-
-    def __init__(self):
-        self.is_there, self.go_on = threading.Event(), threading.Event()
-
-    def sync(self, descriptor):
-        super().sync(descriptor)
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".pack"):
-            self.is_there.set()
-            assert self.go_on.wait(60)
-
-
-def test_a_check_beside_a_commit(two, tmp_path):
-    library, _ = two
-    source = make_model(tmp_path / "c", seed=9)
-    stopping, meddling = StoppingFiles(), MeddlingFiles()
-
-    def add():
-        with FragmentLibrary.open(library.path, files=stopping) as other:
-            other.add([source], AddOptions())
-
-    adder = threading.Thread(target=add)
-
-    def begin_commit():
-        if not adder.ident:
-            adder.start()
-            assert stopping.is_there.wait(60)
-
-    try:
-        with FragmentLibrary.open(library.path, files=meddling) as checking:
-            meddling.meddle = begin_commit
-            assert checking.check(workers=1).problems == ()
-            assert adder.ident
-    finally:
-        stopping.go_on.set()
-        adder.join()
-
-
 def test_a_check_while_others_never_stop(two, tmp_path):
     library, _ = two
     meddling = MeddlingFiles()
@@ -262,22 +222,3 @@ def test_a_check_while_others_never_stop(two, tmp_path):
         assert checking.check(data=True, workers=1).problems == ()
     assert waiting == []
     assert len(library.models()) == 5
-
-
-def test_a_check_of_a_reader_while_others_never_stop(two, tmp_path, monkeypatch):
-    """Who may not write can keep nobody waiting, and says so instead of something wrong."""
-    library, _ = two
-    meddling = MeddlingFiles()
-    waiting = [make_model(tmp_path / f"new{n}", seed=20 + n, rows=30) for n in range(3)]
-
-    def add_another():
-        if waiting:
-            library.add([waiting.pop()], AddOptions())
-
-    with FragmentLibrary.open(library.path, files=meddling) as checking:
-        monkeypatch.setattr(checking._catalog, "read_only", True)
-        meddling.meddle = add_another
-        with pytest.raises(StorageError, match="changed while it was checked") as caught:
-            checking.check(workers=1)
-        assert caught.value.retryable
-        assert checking.check(workers=1).problems == ()

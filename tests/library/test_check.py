@@ -6,10 +6,12 @@ import shutil
 
 import pytest
 
-from fragfs.errors import FormatError
+from fragfs.errors import FormatError, StorageError
 from fragfs.library.add import AddOptions
+from fragfs.library.check import Checker
 from fragfs.library.extents import ExtentMap
 from fragfs.library.library import FragmentLibrary
+from fragfs.library.lock import writer_lock
 from fragfs.library.records import PACK_FOOTER
 from fragfs.types import LibraryConfig
 from tests.library.checks import (
@@ -434,3 +436,36 @@ def test_a_damaged_manifest_is_written_again(path):
     report = check(path, repair=True)
     assert report.problems == ()
     assert any("MANIFEST" in note for note in report.notes)
+
+
+def test_nothing_is_called_damaged_that_others_work_on(path, monkeypatch):
+    run = Checker.run
+    looks = []
+
+    def disturbed(self, *, data):
+        findings = run(self, data=data)
+        try:
+            with writer_lock(path, 0.05):
+                looks.append("free")
+        except StorageError:
+            looks.append("locked")
+            return findings
+        with FragmentLibrary.open(path) as other:
+            (model, *_) = other.models()
+            other.move(model.name, model.name + b"x")
+        findings.distrust("half of a change was seen")
+        return findings
+
+    monkeypatch.setattr(Checker, "run", disturbed)
+    report = check(path)
+    assert looks == ["free", "free", "free", "locked"]
+    assert report.problems == ()
+    assert check(path, data=True).problems == ()
+
+
+def test_a_look_that_others_may_have_disturbed_says_so(path):
+    (path / "packs").rename(path / "elsewhere")
+    with writer_lock(path, 1.0), FragmentLibrary.open(path, lock_timeout_s=0.05) as library:
+        report = library.check()
+    assert report.problems
+    assert any("others may have been writing" in note for note in report.notes)
