@@ -53,6 +53,14 @@ def test_init_says_where(run, tmp_path):
     assert result.stderr == ""
 
 
+def test_init_warns_on_a_network_file_system(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("fragfs.library.filesystem.network_kind", lambda path: "nfs4")
+    result = run("init", tmp_path / "library")
+    assert result.status == 0
+    assert "is on a network file system (nfs4)" in result.stderr
+    assert "keep the library on a local disk" in result.stderr
+
+
 def test_init_keeps_its_settings(run, tmp_path):
     options = ["--fragment-elements", "4096", "--zstd-level", "3", "--closure-max", "1"]
     assert run("init", tmp_path / "library", *options).status == 0
