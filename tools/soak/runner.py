@@ -258,10 +258,11 @@ class Runner:
         if sent == signal.SIGINT and result.status == 1 and "KeyboardInterrupt" in result.errors:
             result = replace(result, status=-signal.SIGINT)
         expected = _ENDS[signal.Signals(sent)] if ended_by is not None and sent else allowed
-        cut_short = result.status != 0 and ended_by is not None
-        if result.status not in expected or (
-            "internal error" in result.errors or ("Traceback" in result.errors and not cut_short)
-        ):
+        # What is interrupted may say so with a traceback, even if it was done already.
+        is_bug = "internal error" in result.errors or (
+            ended_by is None and "Traceback" in result.errors
+        )
+        if result.status not in expected or is_bug:
             said = result.errors[-3000:] or result.output[-1000:].decode(errors="replace")
             raise SoakError(f"{shown} ended with {result.status} (sent: {sent}):\n{said}")
         if sent is None:

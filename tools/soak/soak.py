@@ -409,8 +409,16 @@ class Soak:
         """Take down whatever is left: processes, then mounts."""
         self.runner.stopping.set()
         self.runner.kill_children()
-        for pid in processes.marked(self._mark):
-            processes.kill(pid)
-        for point in processes.mounts_below(self._directory):
-            subprocess.run(["fusermount3", "-u", "-z", point], check=False)
+        # Again and again: what was being started when its parent was killed comes up later.
+        deadline = time.monotonic() + _LEFTOVERS_S
+        while time.monotonic() < deadline:
+            pids = processes.marked(self._mark)
+            for pid in pids:
+                processes.kill(pid)
+            points = processes.mounts_below(self._directory)
+            for point in points:
+                subprocess.run(["fusermount3", "-u", "-z", point], check=False)
+            if not pids and not points:
+                break
+            time.sleep(0.1)
         self.runner.close()
