@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +82,14 @@ def verify_command(
 
     name = os.fsencode(model).rstrip(b"/") if model else None
     results: list[VerifiedFile] = []
-    with session.open_library() as library, show_progress(session) as progress:
+    with (
+        session.open_library() as library,
+        show_progress(session) as progress,
+        ExitStack() as ends,
+    ):
         state = _open_state(library, resume=resume)
+        if state is not None:
+            ends.callback(state.close)
         if resume and not (state and state.done):
             remark("fragfs: there is nothing to resume: everything is read")
         # Closed by hand: an interruption must stop its threads now, not when it is collected.

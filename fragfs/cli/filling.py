@@ -81,6 +81,7 @@ def init_command(
     LIBRARY is a new or empty directory; without it, the library of --library, the environment or
     your data directory is created.
     """
+    from fragfs.library.filesystem import network_kind
     from fragfs.library.library import FragmentLibrary
 
     path = directory.absolute() if directory else session.library_path
@@ -92,6 +93,12 @@ def init_command(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     FragmentLibrary.create(path, config).close()
+    kind = network_kind(path)
+    if kind is not None:
+        remark(
+            f"fragfs: warning: {show_name(os.fsencode(path))} is on a network file system ({kind});"
+            " use it from one machine only, or keep the library on a local disk"
+        )
     if not session.quiet:
         say(f"created library {show_name(os.fsencode(path))}")
 

@@ -114,7 +114,7 @@ class Checker:
             self._catalog,
             self._uuid,
             self._config,
-            self._writer.interrupted_batches(),
+            self._writer.interrupted_batches,
             findings,
             self._progress,
         ).run()
@@ -171,7 +171,11 @@ class Checker:
             findings.mend(f"{path} is of no use to other users: {findings.stale_snapshot}")
 
     def _check_staging(self, findings: Findings) -> None:
-        names = sorted(self._files.names(self._directory / STAGING_NAME))
+        staging = self._directory / STAGING_NAME
+        if not staging.is_dir():
+            findings.mend(f"the directory {staging} is missing")
+            return
+        names = sorted(self._files.names(staging))
         findings.stale_staging = names
         if names:
             findings.notes.append(

@@ -5,10 +5,10 @@ Every stored byte is read once and compared with its checksum; nothing is decode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fragfs.errors import FragmentError, StorageError
+from fragfs.errors import FragmentError, IntegrityError, StorageError
 from fragfs.library.appender import PackState
 from fragfs.library.catalog import Catalog
 from fragfs.library.files import Files
@@ -51,7 +51,7 @@ class PackChecker:
         catalog: Its catalog, which passed its own check.
         uuid: The library's UUID.
         config: Its settings.
-        interrupted: Ids of batches that interrupted commits explain.
+        interrupted: Reads the ids of batches whose commit was begun and not finished.
         findings: Told what is wrong.
         progress: Told about bytes read.
     """
@@ -63,7 +63,7 @@ class PackChecker:
         catalog: Catalog,
         uuid: bytes,
         config: LibraryConfig,
-        interrupted: Sequence[bytes],
+        interrupted: Callable[[], Sequence[bytes]],
         findings: Findings,
         progress: Progress,
     ) -> None:
@@ -72,7 +72,8 @@ class PackChecker:
         self._catalog = catalog
         self._uuid = uuid
         self._config = config
-        self._interrupted = interrupted
+        self._read_interrupted = interrupted
+        self._interrupted = interrupted()
         self._findings = findings
         self._progress = progress
         self._history = History()
@@ -87,7 +88,7 @@ class PackChecker:
             )
         }
         there = {}
-        for name in self._files.names(self._packs):
+        for name in self._files.names(self._packs) if self._packs.is_dir() else ():
             number = pack_number(name)
             if number is None:
                 self._findings.notes.append(f"{self._packs / name} is no pack: fragfs leaves it")
@@ -158,9 +159,17 @@ class PackChecker:
         if known is None:
             self._check_unknown(scan, PACK_HEADER.size)
             return
-        if not self._check_header(scan):
+        wrong = self._wrong_header(scan)
+        if wrong and not self._is_behind_its_header(scan):
+            self._damage(wrong, self._fragments(number), path)
             self._history_is_whole = False
             return
+        if wrong:
+            self._findings.headless_packs.append(number)
+            numbers = tuple(metadata.number for metadata in self._fragments(number))
+            self._findings.damages.append(
+                Damage(wrong, numbers, path=str(path), kind=ProblemKind.REPAIRABLE)
+            )
         committed, state = known
         self._history.add(scan)
         if scan.size < committed and not self._is_cut_in_index(scan, committed):
@@ -177,28 +186,38 @@ class PackChecker:
         self._check_records(scan, committed)
         self._check_structure(scan, committed, state)
 
-    def _check_header(self, scan: PackScan) -> bool:
-        """Whether the pack header is that of this pack."""
+    def _wrong_header(self, scan: PackScan) -> str:
+        """Why the pack header is not that of this pack; "" if it is."""
         error = scan.header_error
         if error is not None:
-            what = f"{error.message} (pack {scan.number})"
-        elif scan.header is None or scan.header.library_uuid != self._uuid:
-            what = f"{scan.path} is a pack of another library"
-        elif scan.header.pack_number != scan.number:
-            what = f"{scan.path} is pack {scan.header.pack_number} under another name"
-        elif scan.header.config != self._config:
-            what = f"{scan.path} states other settings of the library than the catalog"
-        else:
-            return True
-        self._damage(what, self._fragments(scan.number), scan.path)
-        return False
+            return f"{error.message} (pack {scan.number})"
+        if scan.header is None or scan.header.library_uuid != self._uuid:
+            return f"{scan.path} is a pack of another library"
+        if scan.header.pack_number != scan.number:
+            return f"{scan.path} is pack {scan.header.pack_number} under another name"
+        if scan.header.config != self._config:
+            return f"{scan.path} states other settings of the library than the catalog"
+        return ""
+
+    def _is_behind_its_header(self, scan: PackScan) -> bool:
+        """Whether what follows a damaged header is this pack: a fragment is where it should be."""
+        if not isinstance(scan.header_error, IntegrityError):
+            return False
+        records = {record.offset: record for record in scan.records()}
+        return any(
+            metadata.offset in records
+            and not self._wrong_record(metadata, records[metadata.offset], ())
+            for metadata in self._fragments(scan.number)
+        )
 
     def _check_unknown(self, scan: PackScan, start: int) -> None:
         """A pack, or an end of one, that the catalog has never heard of."""
+        # Also of what others are committing right now: that note is older than what was read.
+        explained = {*self._interrupted, *self._read_interrupted()}
         unexplained = [
             batch.trailer.generation
             for batch in scan.batches
-            if batch.end > start and batch.trailer.batch not in self._interrupted
+            if batch.end > start and batch.trailer.batch not in explained
         ]
         foreign = scan.header is not None and scan.header.library_uuid != self._uuid
         if unexplained and not foreign:

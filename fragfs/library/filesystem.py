@@ -14,7 +14,7 @@ from pathlib import Path
 from fragfs.errors import StorageError
 from fragfs.library.files import storage_error
 
-__all__ = ["database_error", "lock_error", "network_kind", "unwritable_error"]
+__all__ = ["database_error", "lacks_locks", "lock_error", "network_kind", "unwritable_error"]
 
 _NETWORK_KINDS = {
     "9p",
@@ -69,9 +69,14 @@ def network_kind(path: Path, table: Path = Path("/proc/self/mountinfo")) -> str 
     return None
 
 
+def lacks_locks(error: OSError) -> bool:
+    """Whether a lock was refused because the file system has none."""
+    return error.errno in _NO_LOCKS
+
+
 def lock_error(error: OSError, what: str, path: Path) -> StorageError:
     """Translate a lock that was refused; `what` says what could not be locked."""
-    if error.errno not in _NO_LOCKS:
+    if not lacks_locks(error):
         return storage_error(error, what)
     kind = network_kind(path)
     where = f" ({kind}, over the network)" if kind else ""

@@ -89,6 +89,7 @@ class Damage:
         remedy: What to do.
         path: The pack.
         offset: Where in it; None for all of it.
+        kind: Whether a repair makes them readable again.
     """
 
     what: str
@@ -96,6 +97,7 @@ class Damage:
     remedy: str = ADD_AGAIN
     path: str = ""
     offset: int | None = None
+    kind: ProblemKind = ProblemKind.LOST
 
 
 @dataclass(slots=True)
@@ -112,6 +114,7 @@ class Findings:
         bases: The bases of fragments as their records have them, where the catalog differs.
         stale_signatures: Fragments that are signed and must not be, or are none.
         wrong_stored_bytes: Contents whose `stored_bytes` is no sum of their fragments.
+        headless_packs: Packs whose header is damaged and can be written again.
         unindexed_packs: Sealed packs that could have an index and have none.
         retired_files: Packs that are retired and still there.
         stale_staging: Names in `staging/` that unfinished work left.
@@ -132,6 +135,7 @@ class Findings:
     bases: dict[int, tuple[int, ...]] = field(default_factory=dict)
     stale_signatures: set[int] = field(default_factory=set)
     wrong_stored_bytes: set[int] = field(default_factory=set)
+    headless_packs: list[int] = field(default_factory=list)
     unindexed_packs: list[int] = field(default_factory=list)
     retired_files: list[int] = field(default_factory=list)
     stale_staging: list[str] = field(default_factory=list)
@@ -143,9 +147,11 @@ class Findings:
     decoded_count: int | None = None
 
     def damaged(self) -> dict[int, str]:
-        """Why each damaged fragment is, by number; the first reason found."""
+        """Why each fragment that is lost is, by number; the first reason found."""
         found: dict[int, str] = {}
         for damage in self.damages:
+            if damage.kind is not ProblemKind.LOST:
+                continue
             for number in damage.fragments:
                 found.setdefault(number, damage.what)
         return found
@@ -182,13 +188,15 @@ class Findings:
                 notes.append(f"{damage.what}: no file needs it")
                 continue
             text = damage.what
-            if all(number in quarantined for number in damage.fragments):
+            if damage.kind is not ProblemKind.LOST:
+                remedy = MEND
+            elif all(number in quarantined for number in damage.fragments):
                 remedy = damage.remedy
             else:
                 remedy = f"{damage.remedy}; `fragfs check --repair` keeps new models off it"
             problems.append(
                 Problem(
-                    ProblemKind.LOST,
+                    damage.kind,
                     text,
                     remedy,
                     touched,

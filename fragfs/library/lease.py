@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import xxhash
 
-from fragfs.library.filesystem import lock_error
+from fragfs.library.filesystem import lacks_locks, lock_error
 
 __all__ = [
     "LEASES_NAME",
@@ -163,15 +163,16 @@ def make_lease_file(directory: Path) -> None:
 
 
 @contextmanager
-def hold_lease(directory: Path, what: str) -> Iterator[Lease]:
+def hold_lease(directory: Path, what: str, *, required: bool = False) -> Iterator[Lease]:
     """Hold a lease for as long as the context lasts; it keeps everything until it says less.
 
     Where this user may not make a file, the lease keeps everything and cannot say less. Where it
-    may not even open the shared one there is nothing to hold.
+    may not even open the shared one, or the file system has no locks, there is nothing to hold.
 
     Args:
         directory: The library's directory.
         what: What the holder is, for messages: "mount on /mnt/models".
+        required: Whether a file system without locks is an error: who writes needs them anyway.
 
     Raises:
         StorageError: The lease cannot be taken.
@@ -183,8 +184,12 @@ def hold_lease(directory: Path, what: str) -> Iterator[Lease]:
             try:
                 fcntl.flock(shared, fcntl.LOCK_SH)
             except OSError as error:
-                raise lock_error(error, f"cannot take a lease in {directory}", directory) from error
-            own = _make_own(directory / LEASES_NAME)
+                # Who only reads goes on: without locks nobody drops anything from here.
+                if required or not lacks_locks(error):
+                    what_failed = f"cannot take a lease in {directory}"
+                    raise lock_error(error, what_failed, directory) from error
+            else:
+                own = _make_own(directory / LEASES_NAME)
         if own is None:
             yield Lease(None, what)
             return

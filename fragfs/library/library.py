@@ -37,6 +37,7 @@ from fragfs.library.publish import (
     publish_removal,
     refresh_stored_bytes,
 )
+from fragfs.library.version import read_snapshot_generation
 from fragfs.library.writer import Batch, LibraryWriter
 from fragfs.types import (
     FileEntry,
@@ -150,7 +151,21 @@ class FragmentLibrary:
             FormatError: It is damaged, or needs a newer fragfs.
             StorageError: It cannot be read.
         """
-        return cls(path, files=files, lock_timeout_s=lock_timeout_s)
+        library = cls(path, files=files, lock_timeout_s=lock_timeout_s)
+        library._warn_if_older()
+        return library
+
+    def _warn_if_older(self) -> None:
+        """Say where it can be known that the catalog was put back from a backup."""
+        newest = read_snapshot_generation(self.path)  # first: it follows the catalog
+        if newest is not None and newest > self.generation():
+            log.warning(
+                "the catalog in %s is older than its packs (generation %d of %d): it was put back"
+                " from a backup; see what is missing, and bring it back, with: fragfs check",
+                self.path,
+                self.generation(),
+                newest,
+            )
 
     @classmethod
     def rebuild(
@@ -475,7 +490,7 @@ class FragmentLibrary:
         before = self._catalog.generation()
         try:
             # Fragments are stored before a model names them: nobody shall drop them meanwhile.
-            with hold_lease(self.path, "add"):
+            with hold_lease(self.path, "add", required=True):
                 report = adder.run(paths, options)
             if report.healed:
                 with self._writer.batch() as batch:
@@ -681,7 +696,14 @@ class FragmentLibrary:
             progress,
         )
         repairer = Repairer(
-            self._files, self.path, self._catalog, self._packs, self._writer, checker, self._now_ns
+            self._files,
+            self.path,
+            self._catalog,
+            self._packs,
+            self._writer,
+            checker,
+            self.uuid,
+            self._now_ns,
         )
         # What is dropped while it is looked at would be taken for lost.
         with hold_lease(self.path, "check"):

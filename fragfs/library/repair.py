@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from fragfs.errors import StorageError
 from fragfs.library.appender import PackState
 from fragfs.library.catalog import Catalog
 from fragfs.library.check import Checker
@@ -26,8 +27,10 @@ from fragfs.library.records import (
     FRAGMENT_HEADER,
     RECORD_HEADER,
     IndexEntry,
+    PackHeader,
     RecordKind,
     pack_index,
+    pack_pack_header,
 )
 from fragfs.library.scan import TRAILER_SIZE, FoundRecord, scan_pack
 from fragfs.library.writer import STAGING_NAME, Batch, LibraryWriter
@@ -50,6 +53,7 @@ class Repairer:
         packs: Reads its packs.
         writer: Takes the lock, and publishes the snapshot.
         checker: Looks at all of it.
+        uuid: The library's UUID.
         now_ns: The clock.
     """
 
@@ -61,6 +65,7 @@ class Repairer:
         packs: PackReader,
         writer: LibraryWriter,
         checker: Checker,
+        uuid: bytes,
         now_ns: Callable[[], int],
     ) -> None:
         self._files = files
@@ -70,6 +75,7 @@ class Repairer:
         self._packs = packs
         self._writer = writer
         self._checker = checker
+        self._uuid = uuid
         self._now_ns = now_ns
 
     def check(self, *, data: bool) -> CheckReport:
@@ -84,9 +90,33 @@ class Repairer:
         for _ in range(_LOOKS):
             before = self._catalog.generation()
             findings = self._checker.run(data=data)
+            if not (findings.problems or findings.damages or findings.contents):
+                return findings
             # A change between two looks can make what is sound seem otherwise: look again.
             if self._catalog.generation() == before:
                 break
+        try:
+            # So can a commit that was under way: nothing is called damaged that others work on.
+            with self._writer.locked():
+                return self._look_again(findings)
+        except StorageError as error:
+            findings.notes.append(f"others may have been writing meanwhile: {error.message}")
+            return findings
+
+    def _look_again(self, found: Findings) -> Findings:
+        """Look under the lock, and decode what was or is suspected."""
+        findings = self._checker.run(data=False)
+        if any(problem.kind is ProblemKind.CATALOG for problem in findings.problems):
+            return findings
+        if found.decoded_count is not None:
+            suspects = {*found.damaged(), *findings.quarantined} - findings.damaged().keys()
+            self._checker.decode_some(suspects, findings)
+            findings.decoded_count = found.decoded_count
+        findings.contents = {
+            number: what
+            for number, what in found.contents.items()
+            if self._catalog.row("SELECT 1 FROM contents WHERE number = ?", (number,))
+        }
         return findings
 
     def repair(self, *, data: bool) -> CheckReport:
@@ -104,9 +134,12 @@ class Repairer:
             return found.report(self._catalog)
         decoded = found.damaged().keys() if data else set()
         done: list[str] = []
+        self._files.make_directory(self._directory / STAGING_NAME)
         with self._writer.batch() as batch:
             # Under the lock: what was found without it may have been changed since.
             findings = self._checker.run(data=False)
+            for number in findings.headless_packs:
+                self._write_header(number, done)
             suspects = {*decoded, *findings.quarantined} - findings.damaged().keys()
             self._checker.decode_some(suspects, findings)
             self._mend_catalog(batch, findings, done)
@@ -130,6 +163,7 @@ class Repairer:
             for number, reason in findings.damaged().items()
             if number not in findings.quarantined
         }
+        before = len(done)
         for name in sorted(findings.untold_models):
             self._tell_model(batch, name, done)
         if damaged:
@@ -153,7 +187,7 @@ class Repairer:
         )
         if has_strays:
             done.append("what is in quarantine is in the catalog")
-        if not done:
+        if len(done) == before:
             return
 
         def apply(connection: sqlite3.Connection) -> None:
@@ -190,39 +224,60 @@ class Repairer:
     # --- packs
 
     def _write_index(self, number: int, done: list[str]) -> None:
-        """Give a sealed pack its index: the same bytes and the index, whole, under the old name.
-
-        Whoever has the old file open goes on reading the same bytes in it.
-        """
+        """Give a sealed pack its index."""
         path = self._packs_directory / pack_name(number)
         scan = scan_pack(self._files, path, number, None, NO_PROGRESS)
         entries = [_entry(record) for record in scan.records()]
         entries += [_trailer_entry(batch.end) for batch in scan.batches]
         entries.sort(key=lambda entry: entry.offset)
-        temporary = self._directory / STAGING_NAME / path.name
-        self._files.unlink(temporary)
-        source = self._files.open_read(path)
-        try:
-            target = self._files.create(temporary)
-            try:
-                for offset in range(0, scan.records_end, _COPIED_BYTES):
-                    size = min(_COPIED_BYTES, scan.records_end - offset)
-                    self._files.append(target, [self._files.read_at(source, size, offset)])
-                self._files.append(target, [pack_index(entries, scan.records_end)])
-                self._files.sync(target)
-            finally:
-                self._files.close(target)
-        finally:
-            self._files.close(source)
-        size = self._files.size(temporary)
-        self._files.rename(temporary, path)
-        self._writer.sync_packs()
+        tail = pack_index(entries, scan.records_end)
+        size = self._replace(path, b"", scan.records_end, tail)
         with self._catalog.transaction() as connection:
             connection.execute(
                 "UPDATE packs SET committed_size = ?, file_size = ? WHERE number = ?",
                 (size, size, number),
             )
         done.append(f"pack {number} has its index again")
+
+    def _write_header(self, number: int, done: list[str]) -> None:
+        """Give a pack its header: what it says is in the catalog as well."""
+        path = self._packs_directory / pack_name(number)
+        config = self._writer.config
+        header = pack_pack_header(PackHeader(self._uuid, number, config))
+        self._replace(path, header, self._files.size(path), b"")
+        done.append(f"pack {number} has its header again")
+
+    def _replace(self, path: Path, head: bytes, end: int, tail: bytes) -> int:
+        """Put a whole new file in a pack's place; gives its size.
+
+        Whoever has the old file open goes on reading the same bytes in it.
+
+        Args:
+            path: The pack.
+            head: What its first bytes shall be; those behind are copied.
+            end: Where the copied bytes end.
+            tail: What follows them.
+        """
+        temporary = self._directory / STAGING_NAME / path.name
+        self._files.unlink(temporary)
+        source = self._files.open_read(path)
+        try:
+            target = self._files.create(temporary)
+            try:
+                self._files.append(target, [head])
+                for offset in range(len(head), end, _COPIED_BYTES):
+                    size = min(_COPIED_BYTES, end - offset)
+                    self._files.append(target, [self._files.read_at(source, size, offset)])
+                self._files.append(target, [tail])
+                self._files.sync(target)
+            finally:
+                self._files.close(target)
+        finally:
+            self._files.close(source)
+        self._files.rename(temporary, path)
+        self._writer.sync_packs()
+        self._packs.drop_descriptors()
+        return end + len(tail)
 
     def _remove_retired(self, done: list[str]) -> None:
         """Remove the files of packs that a commit has retired; the snapshot names them no more."""

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fragfs.library.library import FragmentLibrary
+
 MODEL_KEYS = {"name", "file_count", "logical_bytes", "stored_bytes", "added_ns", "mtime_ns"}
 FILE_KEYS = {"path", "size", "stored_bytes", "sha256", "mode", "mtime_ns", "verdict"}
 ADD_KEYS = set(
@@ -49,6 +51,14 @@ def test_init_says_where(run, tmp_path):
     result = run("init", tmp_path / "a" / "library")
     assert result.text == f"created library {tmp_path}/a/library\n"
     assert result.stderr == ""
+
+
+def test_init_warns_on_a_network_file_system(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("fragfs.library.filesystem.network_kind", lambda path: "nfs4")
+    result = run("init", tmp_path / "library")
+    assert result.status == 0
+    assert "is on a network file system (nfs4)" in result.stderr
+    assert "keep the library on a local disk" in result.stderr
 
 
 def test_init_keeps_its_settings(run, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.small_disk import small_disk
 from tests.faults.support import Forker
 
 ROOM_BYTES = 32 << 20
@@ -33,3 +34,10 @@ def forker():
     made = Forker()
     yield made
     made.close()
+
+
+@pytest.fixture
+def disk():
+    """A small file system of the test's own."""
+    with small_disk() as made:
+        yield made

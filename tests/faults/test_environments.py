@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 import sqlite3
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from fragfs.library import filesystem
 from fragfs.library.filesystem import database_error, lock_error, network_kind
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.lock import writer_lock
-from tests.faults.support import CONFIG, check_whole, make_libraries, models_of
+from tests.faults.small_disk import as_root
+from tests.faults.support import CONFIG, Forker, check_whole, make_libraries, models_of
 from tests.library.test_bases import add
 from tests.models import digests
 
@@ -38,44 +38,6 @@ CHANGES = (
 
 FILES_MAX = (4, 6, 7, 8, 9, 10, 12, 14, 16, 20, 32, 40)
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting and changing users take root")
-
-
-class Disk:
-    """A small file system of its own."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-        # Others may look in, whatever pytest made of the directories above.
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=16m,mode=755", "fragfs-test", path],
-            capture_output=True,
-            text=True,
-        )
-        if made.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted: {made.stderr.strip()}")
-
-    def change(self, options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
-
-    def fill(self) -> None:
-        """Leave not a byte."""
-        with (self.path / "filler").open("wb", buffering=0) as filler:
-            size = 1 << 20
-            while size:
-                try:
-                    filler.write(bytes(size))
-                except OSError:
-                    size //= 2
-        assert os.statvfs(self.path).f_bavail == 0
-
-    def clear(self) -> None:
-        (self.path / "filler").unlink()
-
-    def close(self) -> None:
-        subprocess.run(["umount", "--lazy", self.path], check=True)
-
 
 @pytest.fixture(scope="module")
 def place(memory_path):
@@ -91,17 +53,6 @@ def sources(place):
 
 
 @pytest.fixture
-def disk():
-    # Not below pytest's directory, into which other users may not look.
-    parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
-    path = parent / f"fragfs-tests-disk-{os.getpid()}"
-    made = Disk(path)
-    yield made
-    made.close()
-    path.rmdir()
-
-
-@pytest.fixture
 def library(place, disk):
     """A library on a disk of its own, and `new` to add beside it."""
     shutil.copytree(place / "family" / "lib", disk.path / "lib")
@@ -109,22 +60,36 @@ def library(place, disk):
     return disk.path / "lib"
 
 
-@pytest.fixture
-def run(forker, tmp_path, sources):
-    """Gives what a command printed, which must have ended as expected."""
+class Runner:
+    """Runs commands, each of which must end as expected."""
 
-    def command(library: Path, arguments: Sequence[str], status: int, **options) -> str:
+    def __init__(self, forker: Forker, output: Path, sources: Path) -> None:
+        self._forker = forker
+        self._output = output
+        self._sources = sources
+
+    def __call__(self, library: Path, arguments: Sequence[str], status: int, **options) -> str:
+        """What a command printed that had to exit with `status`."""
+        found, text = self.either(library, arguments, **options)
+        assert found == status, text
+        return text
+
+    def either(self, library: Path, arguments: Sequence[str], **options) -> tuple[int, str]:
+        """The exit status of a command that may fail, and what it printed."""
         # Below the library's own directory where others may not look at the other one.
         new = library.parent / "new"
-        new = new if new.exists() else sources / "new"
+        new = new if new.exists() else self._sources / "new"
         filled = [text.format(new=new) for text in arguments]
-        found = forker.run(library, filled, output=str(tmp_path / "output"), **options)
-        assert found == status, forker.text
-        assert "internal error" not in forker.text
-        assert "Traceback" not in forker.text
-        return forker.text
+        status = self._forker.run(library, filled, output=str(self._output), **options)
+        assert status in (0, 1), self._forker.text
+        assert "internal error" not in self._forker.text
+        assert "Traceback" not in self._forker.text
+        return status, self._forker.text
 
-    return command
+
+@pytest.fixture
+def run(forker, tmp_path, sources):
+    return Runner(forker, tmp_path / "output", sources)
 
 
 def same(library: Path) -> list[dict]:
@@ -173,6 +138,34 @@ def test_a_disk_without_a_byte(arguments, run, disk, library):
     run(library, arguments, 0)
     with FragmentLibrary.open(library) as found:
         assert not [item for item in found.verify() if item.error]
+
+
+@as_root
+@pytest.mark.parametrize("arguments", CHANGES, ids=" ".join)
+def test_a_disk_that_fills_up_at_any_moment(arguments, run, disk, library, place):
+    """At every stage: locks, records, catalog, its log, the snapshot."""
+    refused = done = 0
+    # A garbage collection copies what stays of a pack before it removes it.
+    step = 64 << 10 if arguments[0] == "gc" else 24 << 10
+    for free_bytes in range(0, 32 * step, step):
+        shutil.rmtree(library)
+        shutil.copytree(place / "family" / "lib", library)
+        before = same(library)
+        disk.fill(free_bytes)
+        status, text = run.either(library, arguments)
+        disk.clear()
+        if status:
+            refused += 1
+            assert "free some space" in text, free_bytes
+            check_whole(library, before)
+            run(library, arguments, 0)
+        else:
+            done += 1
+        after = same(library)
+        check_whole(library, after)
+        assert (after == before) == (arguments[0] == "gc")
+    assert refused
+    assert done
 
 
 # --- a disk that may not be written
@@ -257,8 +250,8 @@ def test_too_few_open_files(run, place, scratch):
         shutil.copytree(place / "family" / "lib", path)
         before = same(path)
         for arguments in (["ls"], ["verify"], *CHANGES):
-            text = run_limited(run, path, arguments, files_max)
-            if text is None:
+            status, text = run.either(path, arguments, files_max=files_max)
+            if status == 0:
                 done += 1
             else:
                 refused += 1
@@ -268,16 +261,6 @@ def test_too_few_open_files(run, place, scratch):
         shutil.rmtree(path)
     assert refused
     assert done > 2 * len(CHANGES)
-
-
-def run_limited(run, path: Path, arguments: Sequence[str], files_max: int) -> str | None:
-    """What a command says that fails; None if it does not."""
-    try:
-        run(path, arguments, 0, files_max=files_max)
-    except AssertionError as error:
-        run(path, arguments, 1, files_max=files_max)
-        return str(error)
-    return None
 
 
 # --- a clock that goes backwards
@@ -339,6 +322,8 @@ def test_a_file_system_without_locks(place, sources, scratch, no_locks, monkeypa
             with pytest.raises(StorageError, match=message) as caught:
                 act()
             assert caught.value.errno == errno.ENOLCK
+        # Reading takes no lock: only a lease, which nobody there could look for.
+        assert not [item for item in library.verify() if item.error]
     monkeypatch.undo()
     check_whole(path, same(place / "family" / "lib"))
 

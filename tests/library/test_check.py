@@ -6,10 +6,12 @@ import shutil
 
 import pytest
 
-from fragfs.errors import FormatError
+from fragfs.errors import FormatError, StorageError
 from fragfs.library.add import AddOptions
+from fragfs.library.check import Checker
 from fragfs.library.extents import ExtentMap
 from fragfs.library.library import FragmentLibrary
+from fragfs.library.lock import writer_lock
 from fragfs.library.records import PACK_FOOTER
 from fragfs.types import LibraryConfig
 from tests.library.checks import (
@@ -251,6 +253,32 @@ def test_packs_under_each_others_names_are_named(packs):
     }
 
 
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("place", [0, 8, 30, 60])
+def test_a_damaged_pack_header_is_written_again(packs, number, place):
+    victim = pack_path(packs, number)
+    good = victim.read_bytes()
+    flip(victim, place)
+    with FragmentLibrary.open(packs) as library:
+        report = library.check()
+        (problem,) = report.problems
+        assert problem.kind == "repairable"
+        assert set(problem.files) == failed(library)
+        report = library.check(repair=True, data=True)
+        assert report.problems == ()
+        assert victim.read_bytes()[:64] == good[:64]
+        assert not failed(library)
+        assert rows(packs, "SELECT * FROM quarantine") == []
+
+
+def test_missing_directories_are_named(packs):
+    (packs / "staging").rmdir()
+    assert kinds(check(packs)) == ["repairable"]
+    assert check(packs, repair=True).problems == ()
+    shutil.rmtree(packs / "packs")
+    assert set(kinds(check(packs))) == {"lost", "repairable"}
+
+
 def test_a_missing_index_is_made_again_without_a_change_to_other_bytes(packs):
     victim = packs_of(packs)[0]
     good = victim.read_bytes()
@@ -408,3 +436,36 @@ def test_a_damaged_manifest_is_written_again(path):
     report = check(path, repair=True)
     assert report.problems == ()
     assert any("MANIFEST" in note for note in report.notes)
+
+
+def test_nothing_is_called_damaged_that_others_work_on(path, monkeypatch):
+    run = Checker.run
+    looks = []
+
+    def disturbed(self, *, data):
+        findings = run(self, data=data)
+        try:
+            with writer_lock(path, 0.05):
+                looks.append("free")
+        except StorageError:
+            looks.append("locked")
+            return findings
+        with FragmentLibrary.open(path) as other:
+            (model, *_) = other.models()
+            other.move(model.name, model.name + b"x")
+        findings.distrust("half of a change was seen")
+        return findings
+
+    monkeypatch.setattr(Checker, "run", disturbed)
+    report = check(path)
+    assert looks == ["free", "free", "free", "locked"]
+    assert report.problems == ()
+    assert check(path, data=True).problems == ()
+
+
+def test_a_look_that_others_may_have_disturbed_says_so(path):
+    (path / "packs").rename(path / "elsewhere")
+    with writer_lock(path, 1.0), FragmentLibrary.open(path, lock_timeout_s=0.05) as library:
+        report = library.check()
+    assert report.problems
+    assert any("others may have been writing" in note for note in report.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fragfs.errors import StorageError
 from fragfs.library import catalog
 from fragfs.library.add import AddOptions
 from fragfs.library.lease import (
@@ -119,6 +121,20 @@ def test_where_there_is_nothing_to_hold_nothing_is_dropped(tmp_path, monkeypatch
     refuse_writing(monkeypatch)
     with hold_lease(tmp_path, "test"), no_leases(tmp_path) as alone:
         assert not alone
+
+
+def test_where_there_are_no_locks_readers_go_on(library, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert not [item for item in library.verify() if item.error]
+    with library.open_file("goes", "config.json") as stream:
+        assert stream.read() == (tmp_path / "goes" / "config.json").read_bytes()
+    assert library.export("goes", tmp_path / "out").failed == ()
+    with pytest.raises(StorageError, match="no file locks"):
+        library.add([make_model(tmp_path / "more", rows=10)], AddOptions())
+    assert os.listdir(library.path / LEASES_NAME) == ["shared"]
 
 
 def test_a_new_library_has_one_to_hold(tmp_path):

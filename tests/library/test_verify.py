@@ -131,7 +131,7 @@ def test_failures_are_never_written_down(tmp_path):
     with FragmentLibrary.create(tmp_path / "lib") as library:
         library.add([make_model(tmp_path / "a", rows=20)], AddOptions())
         entry = next(e for e in library.files("a") if e.path == b"model.safetensors")
-        flip_fragment(library, library.open_content(entry.content).extents[1].fragment)
+        flip_fragment(library, library.open_content(entry.content).extents[0].fragment)
         state = state_of(library, tmp_path)
         assert [r.path for r in library.verify(state=state) if r.error] == [entry.path]
         state.close()

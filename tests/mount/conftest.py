@@ -12,6 +12,7 @@ from fragfs.mount.options import MountOptions
 from fragfs.mount.probe import MountState, probe_mount
 from fragfs.mount.table import find_mount
 from fragfs.mount.unmount import detach, fragfs_mounts
+from tests.faults.small_disk import small_disk
 from tests.mount.support import is_alive, make_library, wait_until, write_safetensors
 
 SHARDS = 4
@@ -130,3 +131,10 @@ def shared(tmp_path_factory, library_path):
 def model(shared):
     """The mounted model."""
     return shared / "org" / "model"
+
+
+@pytest.fixture
+def disk():
+    """A small file system of the test's own."""
+    with small_disk() as made:
+        yield made
