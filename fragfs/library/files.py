@@ -30,6 +30,8 @@ _REMEDIES = {
     errno.ENFILE: "close programs: the machine has no room for more open files",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ELOOP: "it is a link: put a file in its place",
+    errno.ESPIPE: "it is a pipe: put a file in its place, or remove it",
+    errno.EISDIR: "it is a directory: put a file in its place, or remove it",
     errno.EIO: "the disk reports errors: check its health and your backups",
 }
 

@@ -64,7 +64,8 @@ class FragmentTable:
 
     def __init__(self, catalog: Catalog) -> None:
         found = catalog.row("SELECT max(number) FROM fragments")
-        self.size = int(found[0] or 0) + 1 if found else 1
+        highest = int(found[0] or 0) if found else 0
+        self.size = max(highest + 1, catalog.next_number("fragments"))
         if not 0 < self.size <= NUMBERS_MAX:
             raise catalog.damaged(f"a fragment has the number {self.size - 1}")
         self.raw: NDArray[np.int64] = np.zeros(self.size, np.int64)

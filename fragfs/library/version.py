@@ -23,12 +23,14 @@ def read_format_version(library: Path) -> int | None:
     Source: FORMAT.md, "Catalog": `PRAGMA user_version`.
     """
     path = library / CATALOG_NAME
+    if not path.is_file():  # SQLite would wait for a pipe without end
+        return None
     try:
         with contextlib.closing(
             sqlite3.connect(f"file:{quote(bytes(path))}?mode=ro", uri=True, timeout=_BUSY_S)
         ) as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):
         return None
     return int(version) or None
 
@@ -39,11 +41,13 @@ def read_snapshot_generation(library: Path) -> int | None:
     It is never newer than the catalog, unless that was put back from a backup.
     """
     path = library / SNAPSHOT_NAME
+    if not path.is_file():
+        return None
     try:
         with contextlib.closing(
             sqlite3.connect(f"file:{quote(bytes(path))}?mode=ro&immutable=1", uri=True)
         ) as connection:
             (generation,) = connection.execute("SELECT generation FROM library").fetchone()
-    except (sqlite3.Error, TypeError):
+    except (sqlite3.Error, TypeError, UnicodeDecodeError):
         return None
     return generation if isinstance(generation, int) else None

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fragfs.errors import FragmentError, NotFoundError
+from fragfs.library.add import AddOptions
 from fragfs.library.library import FragmentLibrary
 from tests.faults.damages import (
     CATALOG,
@@ -169,6 +170,44 @@ def test_whatever_is_damaged_files_come_out_right_or_not_at_all(template, area):
     )
     assert not unseen, f"{len(unseen)} found by nobody:\n" + "\n".join(unseen)
     assert met[True] >= 30, "hardly any damage was met by a reader"
+
+
+WAYS = ("deleted", "emptied", "truncated in half", "first byte flipped", "an older copy", "a pipe")
+
+
+@pytest.mark.slow
+def test_a_writer_makes_nothing_worse(template, tmp_path):
+    """Adding to a damaged library works or is refused; what was readable stays so."""
+    (tmp_path / "added").mkdir()
+    (tmp_path / "added" / "file").write_bytes(b"added")
+    failures = []
+    added = Counter()
+    for damage in damages_of("file", template):
+        if not damage.name.endswith(WAYS):
+            continue
+        path = template.copy(hot=True)
+        damage.apply(path)
+        before = read_all(path, template.expected)
+        expected = dict(template.expected)
+        try:
+            with FragmentLibrary.open(path, lock_timeout_s=1) as library:
+                library.add([tmp_path / "added"], AddOptions(name=b"added"))
+        except FragmentError as error:
+            added[False] += 1
+            if not error.remedy:
+                failures.append(f"{damage.name}: no remedy: {error}")
+        except Exception as error:
+            failures.append(f"{damage.name}: {type(error).__name__}: {error}")
+        else:
+            added[True] += 1
+            expected[b"added", b"file"] = b"added"
+        lost = read_all(path, expected).keys() - before.keys()
+        if lost:
+            failures.append(f"{damage.name}: lost {sorted(lost)[:3]}")
+        shutil.rmtree(path)
+    assert not failures, "\n".join(failures)
+    assert added[True] >= 20
+    assert added[False] >= 5
 
 
 def test_the_table_is_large_and_names_each_damage_once(template):
