@@ -111,6 +111,6 @@ def test_a_command_that_is_refused_can_be_repeated(name, once, place, scratch):
         shutil.rmtree(path)
         if files.done <= count:
             break
-        count += 3 if once else 1
+        count += 5 if once else 2
     assert count > 10
     assert set(refused) == ({errno.EIO} if once else set(LASTING))
