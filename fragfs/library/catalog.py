@@ -40,6 +40,7 @@ __all__ = [
     "CATALOG_REMEDY",
     "FIRST_CONTENT",
     "NO_PACK",
+    "NUMBERS_MAX",
     "SCHEMA",
     "SNAPSHOT_NAME",
     "Catalog",
@@ -167,6 +168,8 @@ CATALOG_REMEDY = (
 """What to do about a damaged catalog."""
 
 _OFFSET_MAX = 1 << 48
+NUMBERS_MAX = 1 << 31
+"""Fragment numbers stay below it in any catalog that is not damaged: tables have a row for each."""
 
 _ASKED_STEP = 8
 """Numbers asked for in one query are filled up to a multiple of this."""
@@ -480,9 +483,10 @@ class Catalog:
     def _check_types(self, cursor: sqlite3.Cursor, rows: Sequence[tuple[Any, ...]]) -> None:
         odd = odd_cell(cursor.description, rows)
         if odd is not None:
-            raise self._damaged(odd)
+            raise self.damaged(odd)
 
-    def _damaged(self, what: str) -> FormatError:
+    def damaged(self, what: str) -> FormatError:
+        """The error for what the catalog cannot say."""
         return FormatError(
             f"catalog {self.path} is damaged: {what}",
             path=str(self.path),
@@ -515,17 +519,24 @@ class Catalog:
         try:
             config = LibraryConfig(elements, closure, zstd_level, pack_bytes, Level(level))
         except (UsageError, ValueError) as error:
-            raise self._damaged(f"settings that cannot be: {error}") from error
+            raise self.damaged(f"settings that cannot be: {error}") from error
         if len(uuid) != 16:
-            raise self._damaged(f"a library UUID of {len(uuid)} bytes")
+            raise self.damaged(f"a library UUID of {len(uuid)} bytes")
         return uuid, config
 
     def generation(self) -> tuple[int, bytes]:
-        """Number and id of the batch committed last."""
+        """Number and id of the batch committed last.
+
+        Raises:
+            FormatError: The catalog is damaged.
+        """
         found = self.row("SELECT generation, batch FROM library")
         if found is None:
             return 0, bytes(16)
-        return found
+        generation, batch = found
+        if not 0 <= generation < 1 << 62 or len(batch) != 16:
+            raise self.damaged(f"batch {generation} cannot be the last")
+        return generation, batch
 
     def fragment(self, number: int) -> FragmentMetadata:
         """Where a fragment is stored.
@@ -547,7 +558,7 @@ class Catalog:
             )
         *row, again = found
         if again != number:
-            raise self._damaged(f"fragment {number} is not what the index of ids says")
+            raise self.damaged(f"fragment {number} is not what the index of ids says")
         return self._metadata(row)
 
     def _metadata(self, row: Sequence[Any]) -> FragmentMetadata:
@@ -560,7 +571,7 @@ class Catalog:
             or not 0 <= raw_size <= FRAGMENT_BYTES_MAX
             or not 0 <= predictor <= 255
         ):
-            raise self._damaged(f"the place of fragment {number} cannot be")
+            raise self.damaged(f"the place of fragment {number} cannot be")
         return FragmentMetadata(
             number, FragmentId(fragment), pack, offset, record_size, raw_size, predictor
         )
@@ -605,7 +616,11 @@ class Catalog:
     def next_number(self, table: str) -> int:
         """The first number of an AUTOINCREMENT table that was never used."""
         found = self.row("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
-        return int(found[0]) + 1 if found else 1
+        if found is None:
+            return 1
+        if type(found[0]) is not int or not 0 <= found[0] < 1 << 62:
+            raise self.damaged(f"the last number of {table} cannot be")
+        return found[0] + 1
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:

@@ -114,7 +114,7 @@ class Checker:
             self._catalog,
             self._uuid,
             self._config,
-            self._writer.interrupted_batches(),
+            self._writer.interrupted_batches,
             findings,
             self._progress,
         ).run()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fragfs.errors import FragmentError
 from fragfs.library.appender import PackState
-from fragfs.library.catalog import Catalog
+from fragfs.library.catalog import NUMBERS_MAX, Catalog
 from fragfs.library.closure import closure_of
 from fragfs.library.extents import ExtentMap, check_seal
 from fragfs.library.findings import Findings
@@ -48,6 +48,10 @@ def check_catalog(catalog: Catalog, config: LibraryConfig, findings: Findings) -
         config: The library's settings.
         findings: Told what is wrong.
     """
+    row = catalog.row("SELECT min(number), max(number) FROM fragments")
+    if row is not None and row[0] is not None and not 0 < row[0] <= row[1] < NUMBERS_MAX:
+        findings.distrust(f"fragments have the numbers {row[0]} to {row[1]}")
+        return
     raw_sizes = _raw_sizes(catalog)
     _check_fragments(catalog, findings)
     _check_contents(catalog, raw_sizes, findings)

@@ -5,7 +5,7 @@ Every stored byte is read once and compared with its checksum; nothing is decode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fragfs.errors import FragmentError, IntegrityError, StorageError
@@ -51,7 +51,7 @@ class PackChecker:
         catalog: Its catalog, which passed its own check.
         uuid: The library's UUID.
         config: Its settings.
-        interrupted: Ids of batches that interrupted commits explain.
+        interrupted: Reads the ids of batches whose commit was begun and not finished.
         findings: Told what is wrong.
         progress: Told about bytes read.
     """
@@ -63,7 +63,7 @@ class PackChecker:
         catalog: Catalog,
         uuid: bytes,
         config: LibraryConfig,
-        interrupted: Sequence[bytes],
+        interrupted: Callable[[], Sequence[bytes]],
         findings: Findings,
         progress: Progress,
     ) -> None:
@@ -72,7 +72,8 @@ class PackChecker:
         self._catalog = catalog
         self._uuid = uuid
         self._config = config
-        self._interrupted = interrupted
+        self._read_interrupted = interrupted
+        self._interrupted = interrupted()
         self._findings = findings
         self._progress = progress
         self._history = History()
@@ -211,10 +212,12 @@ class PackChecker:
 
     def _check_unknown(self, scan: PackScan, start: int) -> None:
         """A pack, or an end of one, that the catalog has never heard of."""
+        # Also of what others are committing right now: that note is older than what was read.
+        explained = {*self._interrupted, *self._read_interrupted()}
         unexplained = [
             batch.trailer.generation
             for batch in scan.batches
-            if batch.end > start and batch.trailer.batch not in self._interrupted
+            if batch.end > start and batch.trailer.batch not in explained
         ]
         foreign = scan.header is not None and scan.header.library_uuid != self._uuid
         if unexplained and not foreign:

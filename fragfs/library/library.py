@@ -37,6 +37,7 @@ from fragfs.library.publish import (
     publish_removal,
     refresh_stored_bytes,
 )
+from fragfs.library.version import read_snapshot_generation
 from fragfs.library.writer import Batch, LibraryWriter
 from fragfs.types import (
     FileEntry,
@@ -150,7 +151,21 @@ class FragmentLibrary:
             FormatError: It is damaged, or needs a newer fragfs.
             StorageError: It cannot be read.
         """
-        return cls(path, files=files, lock_timeout_s=lock_timeout_s)
+        library = cls(path, files=files, lock_timeout_s=lock_timeout_s)
+        library._warn_if_older()
+        return library
+
+    def _warn_if_older(self) -> None:
+        """Say where it can be known that the catalog was put back from a backup."""
+        newest = read_snapshot_generation(self.path)  # first: it follows the catalog
+        if newest is not None and newest > self.generation():
+            log.warning(
+                "the catalog in %s is older than its packs (generation %d of %d): it was put back"
+                " from a backup; see what is missing, and bring it back, with: fragfs check",
+                self.path,
+                self.generation(),
+                newest,
+            )
 
     @classmethod
     def rebuild(

@@ -23,7 +23,7 @@ from fragfs.library.former import FormerCatalog, keep_former, read_formers, remo
 from fragfs.library.history import CommittedBatches, History, replay_models
 from fragfs.library.lease import no_leases
 from fragfs.library.lock import writer_lock
-from fragfs.library.packs import PACKS_NAME, PackReader, pack_number
+from fragfs.library.packs import PACKS_NAME, pack_name, pack_number
 from fragfs.library.progress import Progress
 from fragfs.library.rebuilt import PackRow, RebuiltCatalog
 from fragfs.library.records import (
@@ -139,7 +139,7 @@ class Rebuilder:
         formers = read_formers(self._files, self._directory)
         found = self._scan(formers)
         resolved = resolve_fragments(found.candidates, found.header.config.closure_max)
-        self._prove(found, resolved)
+        self._prove(resolved)
         path = self._staging / CATALOG_NAME
         for leaving in (path, Path(f"{path}-wal"), Path(f"{path}-shm"), Path(f"{path}-journal")):
             self._files.unlink(leaving)
@@ -213,7 +213,13 @@ class Rebuilder:
         return _Found(
             header,
             tuple(
-                PackRow(s.number, ends.get(s.number, PACK_HEADER.size), s.size, s.index is not None)
+                PackRow(
+                    s.number,
+                    ends.get(s.number, PACK_HEADER.size),
+                    s.size,
+                    s.index is not None,
+                    s.header is not None,
+                )
                 for s in scans
             ),
             committed,
@@ -248,8 +254,8 @@ class Rebuilder:
     def _is_ours(self, scan: PackScan, header: PackHeader) -> bool:
         if scan.header is None:
             self._notes.append(
-                f"pack {scan.number} has a damaged header: fragments that are only there cannot be"
-                " read until it is restored"
+                f"pack {scan.number} has a damaged header: what is only there cannot be read"
+                " until it is restored, or written again by: fragfs check --repair"
             )
             return True
         ours = scan.header.library_uuid == header.library_uuid
@@ -258,23 +264,47 @@ class Rebuilder:
             return False
         return True
 
-    def _prove(self, found: _Found, resolved: Resolved) -> None:
+    def _prove(self, resolved: Resolved) -> None:
         """Decode what was found behind damage: it may be part of a stored file, made to deceive."""
-        reader = PackReader(self._files, self._directory, found.header.library_uuid)
-        guesses = [f for f, record in resolved.records.items() if record.found_by_search]
+        for fragment in [f for f, record in resolved.records.items() if record.found_by_search]:
+            try:
+                proven = blake3(self._decode(resolved, fragment)).digest() == fragment
+            except FragmentError as error:
+                if isinstance(error, StorageError) and error.retryable:
+                    raise
+                proven = False
+            if not proven:
+                del resolved.records[fragment]
+                resolved.lost[fragment] = "its record is behind damage and cannot be proven"
+
+    def _decode(self, resolved: Resolved, fragment: FragmentId) -> memoryview:
+        """The raw bytes of a fragment, by the records that were chosen, whatever the pack's header.
+
+        Raises:
+            FragmentError: It cannot be decoded.
+        """
+        check_this_machine()
+        record = resolved.records.get(fragment)
+        if record is None:
+            raise IntegrityError(f"fragment {fragment.short} is lost", fragment=fragment.hex())
+        where = f"pack {record.pack} at offset {record.offset}"
+        descriptor = self._files.open_read(self._packs / pack_name(record.pack))
         try:
-            for fragment in guesses:
-                try:
-                    proven = blake3(_decode(reader, resolved, fragment)).digest() == fragment
-                except FragmentError as error:
-                    if isinstance(error, StorageError) and error.retryable:
-                        raise
-                    proven = False
-                if not proven:
-                    del resolved.records[fragment]
-                    resolved.lost[fragment] = "its record is behind damage and cannot be proven"
+            data = self._files.read_at(descriptor, record.record_size, record.offset)
         finally:
-            reader.drop_descriptors()
+            self._files.close(descriptor)
+        stored = parse_fragment_record(data, where)
+        raw = decode(
+            stored.predictor,
+            stored.dtype,
+            stored.params,
+            memoryview(stored.payload),
+            stored.raw_size,
+            [self._decode(resolved, base) for base in stored.bases],
+        )
+        if checksum(raw) != stored.raw_checksum:
+            raise IntegrityError(f"decoded bytes differ from their checksum in {where}")
+        return raw
 
 
 def _read_header(files: Files, path: Path) -> PackHeader | None:
@@ -315,29 +345,3 @@ def _candidates(
             )
         )
     return found
-
-
-def _decode(reader: PackReader, resolved: Resolved, fragment: FragmentId) -> memoryview:
-    """The raw bytes of a fragment, by the records that were chosen.
-
-    Raises:
-        FragmentError: It cannot be decoded.
-    """
-    check_this_machine()
-    record = resolved.records.get(fragment)
-    if record is None:
-        raise IntegrityError(f"fragment {fragment.short} is lost", fragment=fragment.hex())
-    where = f"pack {record.pack} at offset {record.offset}"
-    data = reader.read(record.pack, record.offset, record.record_size)
-    stored = parse_fragment_record(data, where)
-    raw = decode(
-        stored.predictor,
-        stored.dtype,
-        stored.params,
-        memoryview(stored.payload),
-        stored.raw_size,
-        [_decode(reader, resolved, base) for base in stored.bases],
-    )
-    if checksum(raw) != stored.raw_checksum:
-        raise IntegrityError(f"decoded bytes differ from their checksum in {where}")
-    return raw

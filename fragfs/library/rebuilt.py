@@ -40,12 +40,14 @@ class PackRow:
         committed_size: Where the last committed batch in it ends.
         file_size: Its bytes.
         has_index: Whether it is complete, with an index.
+        has_header: Whether it has a header that readers accept.
     """
 
     number: int
     committed_size: int
     file_size: int
     has_index: bool
+    has_header: bool
 
 
 @dataclass(slots=True)
@@ -109,7 +111,7 @@ class RebuiltCatalog:
         accepted: dict[bytes, StoredManifest] = {}
         folders: set[bytes] = set()
         for name, manifest in reversed(self.told.models.items()):
-            why = _nonsense(manifest)
+            why = _nonsense(manifest) or self._beyond_a_fragment(manifest)
             if not why and (name in folders or any(above in accepted for above in parents(name))):
                 why = "it lies inside a newer model, or a newer one inside it"
             if why:
@@ -118,6 +120,16 @@ class RebuiltCatalog:
             accepted[name] = manifest
             folders.update(parents(name))
         return list(reversed(accepted.values()))
+
+    def _beyond_a_fragment(self, manifest: StoredManifest) -> str:
+        records = self.resolved.records
+        for content in manifest.contents:
+            for fragment, size, offset in zip(
+                _ids(content), content.sizes, content.offsets, strict=True
+            ):
+                if fragment in records and size + offset > records[fragment].raw_size:
+                    return "it reaches beyond the end of a fragment"
+        return ""
 
     # --- fragments
 
@@ -156,7 +168,7 @@ class RebuiltCatalog:
                 for position, base in enumerate(record.bases)
             ),
         )
-        damaged = "stored bytes differ from their checksum"
+        damaged = "its stored bytes, or the header of its pack, are damaged"
         reasons = {f: damaged for f, record in kept.items() if not record.sound} | lost
         connection.executemany(
             "INSERT INTO quarantine VALUES (?, ?, ?)",
@@ -203,7 +215,8 @@ class RebuiltCatalog:
             if pack.has_index:
                 rows.append((pack.number, pack.file_size, pack.file_size, PackState.SEALED))
                 continue
-            is_open = pack.number == last and pack.committed_size == pack.file_size
+            is_whole = pack.has_header and pack.committed_size == pack.file_size
+            is_open = is_whole and pack.number == last
             state = PackState.OPEN if is_open else PackState.ABANDONED
             rows.append((pack.number, pack.committed_size, pack.file_size, state))
         known = max((former.pack_max for former in self.formers), default=0)
@@ -324,6 +337,11 @@ def _nonsense(manifest: StoredManifest) -> str:
     if len({file.path for file in manifest.files}) != len(manifest.files):
         return "two of its files have one name"
     for content in manifest.contents:
-        if len(content.sha256) != 32 or not set(content.kinds) <= _SPAN_KINDS:
+        ranges = zip(content.sizes, content.offsets, strict=True)
+        if (
+            len(content.sha256) != 32
+            or not set(content.kinds) <= _SPAN_KINDS
+            or any(not 1 <= size <= FRAGMENT_BYTES_MAX - offset for size, offset in ranges)
+        ):
             return "its contents are not described as fragfs does"
     return ""

@@ -90,11 +90,11 @@ class Repairer:
         for _ in range(_LOOKS):
             before = self._catalog.generation()
             findings = self._checker.run(data=data)
+            if not (findings.problems or findings.damages or findings.contents):
+                return findings
             # A change between two looks can make what is sound seem otherwise: look again.
             if self._catalog.generation() == before:
                 break
-        if not (findings.problems or findings.damages or findings.contents):
-            return findings
         try:
             # So can a commit that was under way: nothing is called damaged that others work on.
             with self._writer.locked():

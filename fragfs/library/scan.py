@@ -19,6 +19,7 @@ from fragfs.library.progress import Progress
 from fragfs.library.records import (
     BATCH_TRAILER,
     FOOTER_MAGIC,
+    FRAGMENT_HEADER,
     PACK_FOOTER,
     PACK_HEADER,
     RECORD_HEADER,
@@ -29,11 +30,13 @@ from fragfs.library.records import (
     PackHeader,
     RecordHeader,
     RecordKind,
+    fragment_header_size,
     parse_batch_trailer,
     parse_index,
     parse_pack_header,
     parse_record_header,
 )
+from fragfs.types import FRAGMENT_BYTES_MAX
 
 __all__ = ["TRAILER_SIZE", "FoundBatch", "FoundRecord", "Gap", "PackScan", "scan_pack"]
 
@@ -256,6 +259,8 @@ class _Walk:
             raise IntegrityError(f"a record is cut off in {where}")
         if header.kind is RecordKind.BATCH_TRAILER and header.header_size < TRAILER_SIZE:
             raise FormatError(f"a batch trailer is too short in {where}")
+        if header.kind is RecordKind.FRAGMENT and not _is_fragment(header, data):
+            raise FormatError(f"a fragment's header is none that fragfs writes in {where}")
         keep = header.kind in _KEPT_PAYLOADS
         digest = xxhash.xxh3_64()
         parts = []
@@ -335,3 +340,16 @@ class _Walk:
             return offset + parse_record_header(data, "").record_size <= self._stop
         except FragmentError:
             return False
+
+
+def _is_fragment(header: RecordHeader, data: bytes) -> bool:
+    """Whether the sizes that a fragment's header states fit together."""
+    if header.header_size < fragment_header_size(0):
+        return False
+    values = FRAGMENT_HEADER.unpack(data, RECORD_HEADER.size)
+    raw_size, base_count, params_size = int(values[2]), int(values[5]), int(values[7])
+    return (
+        fragment_header_size(base_count) + params_size == header.header_size
+        and raw_size <= FRAGMENT_BYTES_MAX
+        and header.payload_size <= FRAGMENT_BYTES_MAX
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fragfs.library.catalog import Catalog
+from fragfs.library.catalog import NUMBERS_MAX, Catalog
 from fragfs.library.closure import CLOSURE_LIMIT
 from fragfs.library.extents import ExtentMap, check_seal
 from fragfs.types import FileEntry, LibraryStats, Predictor
@@ -42,6 +42,9 @@ NO_OWNER = -1
 """Stands for the model of a fragment that is in no model's files any more."""
 
 _ROWS_AT_ONCE = 100_000
+_PACKS_MAX = 1 << 24
+_BYTES_MAX = 1 << 32
+"""Beyond them a catalog is damaged; tables are made that have a row for each pack."""
 _CONTENTS_AT_ONCE = 1000
 
 
@@ -60,7 +63,10 @@ class FragmentTable:
     """
 
     def __init__(self, catalog: Catalog) -> None:
-        self.size = catalog.next_number("fragments")
+        found = catalog.row("SELECT max(number) FROM fragments")
+        self.size = int(found[0] or 0) + 1 if found else 1
+        if not 0 < self.size <= NUMBERS_MAX:
+            raise catalog.damaged(f"a fragment has the number {self.size - 1}")
         self.raw: NDArray[np.int64] = np.zeros(self.size, np.int64)
         self.record: NDArray[np.int64] = np.zeros(self.size, np.int64)
         self.pack: NDArray[np.int64] = np.zeros(self.size, np.int64)
@@ -73,6 +79,9 @@ class FragmentTable:
         ):
             start = rows[-1][0]
             columns = np.array(rows, np.int64)
+            limits = (NUMBERS_MAX, _BYTES_MAX, _BYTES_MAX, _PACKS_MAX, 256)
+            if ((columns < 0) | (columns >= limits)).any():
+                raise catalog.damaged(f"the place of a fragment from {rows[0][0]} on cannot be")
             columns = columns[columns[:, 0] < self.size]
             numbers = columns[:, 0]
             self.raw[numbers] = columns[:, 1]

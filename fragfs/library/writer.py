@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from fragfs.errors import FormatError, LimitError, StorageError
+from fragfs.errors import FormatError, IntegrityError, LimitError, StorageError
 from fragfs.library.appender import PackAppender, PackState
 from fragfs.library.catalog import SNAPSHOT_NAME, Catalog
 from fragfs.library.closure import closure_of
@@ -38,6 +38,7 @@ from fragfs.library.records import (
     pack_pack_header,
     pack_plain_record,
     parse_batch_trailer,
+    parse_pack_header,
     parse_record_header,
 )
 from fragfs.types import Fragment, FragmentId, FragmentMetadata, LibraryConfig
@@ -453,7 +454,11 @@ class LibraryWriter:
                 batch.close()
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the lock: nobody changes the library while the context lasts."""
+        """Keep everybody from changing the library, for as long as the context lasts.
+
+        Raises:
+            StorageError: Another process kept the lock all the time, or this user may not write.
+        """
         return writer_lock(self._directory, self._lock_timeout_s, self.catalog.generation)
 
     def open_pack(self, retired: Collection[int] = ()) -> PackAppender:
@@ -469,7 +474,9 @@ class LibraryWriter:
         if row is not None and row[0] not in retired:
             number, size = int(row[0]), int(row[1])
             path = self._packs / pack_name(number)
-            if path.name in self._files.names(self._packs) and self._files.size(path) == size:
+            if path.name in self._files.names(self._packs) and self._is_writable(
+                path, number, size
+            ):
                 return PackAppender(self._files, path, number, size, new=False)
         known = self.catalog.row("SELECT max(number) FROM packs")
         highest = int(known[0] or 0) if known else 0
@@ -478,6 +485,20 @@ class LibraryWriter:
         pack = PackAppender(self._files, self._packs / pack_name(number), number, 0, new=True)
         pack.append(pack_pack_header(PackHeader(self._uuid, number, self.config)))
         return pack
+
+    def _is_writable(self, path: Path, number: int, size: int) -> bool:
+        """Whether a pack ends where it should, and has a header that readers will accept."""
+        if self._files.size(path) != size:
+            return False
+        descriptor = self._files.open_read(path)
+        try:
+            data = self._files.read_at(descriptor, PACK_HEADER.size, 0)
+            header = parse_pack_header(data, str(path))
+        except (FormatError, IntegrityError):
+            return False
+        finally:
+            self._files.close(descriptor)
+        return (header.library_uuid, header.pack_number) == (self._uuid, number)
 
     def _pack_numbers(self) -> list[int]:
         names = self._files.names(self._packs)

@@ -425,7 +425,14 @@ def _change(connection: sqlite3.Connection, change: bytes) -> bool:
 
 
 def _use(library: FragmentLibrary, destination: Path, *, check_bytes: bool) -> None:
-    for act in (library.stats, lambda: list(library.verify(workers=1)), library.models):
+    for act in (
+        library.stats,
+        library.models,
+        lambda: list(library.verify(workers=1)),
+        lambda: library.check(workers=1),
+        lambda: library.check(data=True, workers=1),
+        lambda: library.collect(dry_run=True),
+    ):
         _politely(act)
     waiting = [b""]
     while waiting:
@@ -443,6 +450,8 @@ def _use(library: FragmentLibrary, destination: Path, *, check_bytes: bool) -> N
         _politely(lambda k=key: library.explain(k[0], tensors=True))
         _politely(lambda k=key, n=number: library.export(k[0], destination / str(n), workers=1))
     _politely(lambda: library.remove(b"tuned"))
+    _politely(lambda: library.check(repair=True, workers=1))
+    _politely(lambda: library.collect(grace_s=0))
 
 
 def _politely(act: Callable[[], object]) -> object:
@@ -456,7 +465,7 @@ def _catalog_samples() -> list[bytes]:
     cells = [
         bytes([24 + n // 256, n % 256, 0, how, value])
         for n in range(len(_cells()))
-        for how, value in ((0, 2), (1, 0), (2, 0), (3, 31))
+        for how, value in ((0, 2), (0, 11), (0, 10), (1, 0), (2, 0), (3, 31))
     ]
     return [b""] + [bytes([0, n, 0, 0, 0]) for n in range(len(_STATEMENTS))] + cells
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import numpy as np
@@ -193,3 +194,71 @@ def test_verify_of_a_library_whose_models_go_before_they_are_listed(two, monkeyp
     library.remove("a")
     monkeypatch.setattr(library, "models", lambda: models)
     assert {item.model for item in library.verify()} == {b"b"}
+
+
+class MeddlingFiles(OsFiles):
+    """Calls a function whenever the packs are listed: after the catalog was asked about them."""
+
+    def __init__(self):
+        self.meddle = None
+
+    def names(self, path):
+        if path.name == "packs" and self.meddle is not None:
+            self.meddle()
+        return super().names(path)
+
+
+class StoppingFiles(OsFiles):
+    """Stops where a batch is written and its commit is still to come."""
+
+    def __init__(self):
+        self.is_there, self.go_on = threading.Event(), threading.Event()
+
+    def sync(self, descriptor):
+        super().sync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".pack"):
+            self.is_there.set()
+            assert self.go_on.wait(60)
+
+
+def test_a_check_beside_a_commit(two, tmp_path):
+    library, _ = two
+    source = make_model(tmp_path / "c", seed=9)
+    stopping, meddling = StoppingFiles(), MeddlingFiles()
+
+    def add():
+        with FragmentLibrary.open(library.path, files=stopping) as other:
+            other.add([source], AddOptions())
+
+    adder = threading.Thread(target=add)
+
+    def begin_commit():
+        if not adder.ident:
+            adder.start()
+            assert stopping.is_there.wait(60)
+
+    try:
+        with FragmentLibrary.open(library.path, files=meddling) as checking:
+            meddling.meddle = begin_commit
+            assert checking.check(workers=1).problems == ()
+            assert adder.ident
+    finally:
+        stopping.go_on.set()
+        adder.join()
+
+
+def test_a_check_while_others_never_stop(two, tmp_path):
+    library, _ = two
+    meddling = MeddlingFiles()
+    sources = [make_model(tmp_path / f"new{n}", seed=20 + n, rows=30) for n in range(3)]
+    waiting = list(sources)
+
+    def add_another():
+        if waiting:
+            library.add([waiting.pop()], AddOptions())
+
+    with FragmentLibrary.open(library.path, files=meddling) as checking:
+        meddling.meddle = add_another
+        assert checking.check(data=True, workers=1).problems == ()
+    assert waiting == []
+    assert len(library.models()) == 5

@@ -237,6 +237,20 @@ def test_a_pack_without_a_header_is_healed(filled, tmp_path, content):
         assert not [item for item in again.verify() if item.error]
 
 
+def test_nothing_is_appended_to_a_pack_that_readers_refuse(tmp_path):
+    path = tmp_path / "lib"
+    with FragmentLibrary.create(path) as library:
+        library.add([make_model(tmp_path / "a")], AddOptions())
+        pack = path / "packs" / "0000000001.pack"
+        data = bytearray(pack.read_bytes())
+        data[20] ^= 1
+        pack.write_bytes(data)
+        library.add([make_model(tmp_path / "b", seed=4)], AddOptions())
+        assert pack.read_bytes() == data
+    with FragmentLibrary.open(path) as library:
+        assert {item.model for item in library.verify() if item.error} == {b"a"}
+
+
 def test_a_missing_open_pack_does_not_stop_writers(tmp_path):
     path = tmp_path / "lib"
     with FragmentLibrary.create(path) as library:

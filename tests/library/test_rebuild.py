@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 
 from fragfs.errors import FormatError, NotFoundError, StorageError
@@ -109,10 +110,16 @@ def test_the_rebuilt_library_can_be_changed(path, family, tmp_path):
         assert is_sound(library)
 
 
-def test_a_catalog_put_back_from_a_backup_is_refused_and_a_rebuild_brings_all_back(path, tmp_path):
+def test_a_catalog_put_back_from_a_backup_is_refused_and_a_rebuild_brings_all_back(
+    path, tmp_path, caplog
+):
     back_up_catalog(path, tmp_path / "backup")
     shown = live_a_little(path, tmp_path)
     put_back_catalog(tmp_path / "backup", path)
+    with FragmentLibrary.open(path) as library:
+        assert {entry.name for entry in library.models()} != shown.keys()
+    assert "older than its packs" in caplog.text
+    assert "fragfs check" in caplog.text
     with (
         FragmentLibrary.open(path) as library,
         pytest.raises(FormatError, match=r"older than its packs.*check --rebuild"),
@@ -398,3 +405,58 @@ def test_a_catalog_that_breaks_its_rules_is_replaced(path, tmp_path):
     with FragmentLibrary.open(path) as library:
         assert everything(library) == shown
         assert is_sound(library)
+
+
+def hurt(pack, rng):
+    """Damage a file of a library at random; says how."""
+    data = bytearray(pack.read_bytes())
+    start = int(rng.integers(len(data)))
+    match rng.choice(["flip", "zero", "cut", "swap", "noise"]):
+        case "flip":
+            data[start] ^= 1 << int(rng.integers(8))
+        case "zero":
+            data[start : start + 5000] = bytes(len(data[start : start + 5000]))
+        case "cut":
+            del data[start:]
+        case "swap":
+            part = len(data) // 3
+            data[:part], data[part : 2 * part] = data[part : 2 * part], data[:part]
+        case "noise":
+            data[start : start + 300] = rng.bytes(len(data[start : start + 300]))
+    pack.write_bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_happens_to_packs_nothing_wrong_is_shown(packs, path, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    library_path = packs if seed % 2 else path
+    with FragmentLibrary.open(library_path) as library:
+        shown = everything(library)
+    for _ in range(1 + seed % 3):
+        hurt(packs_of(library_path)[int(rng.integers(len(packs_of(library_path))))], rng)
+    if seed % 4 < 2:
+        with FragmentLibrary.open(library_path) as library:
+            lost = failed(library)
+            assert lost_files(library.check(data=True)) <= lost
+            report = library.check(repair=True, data=True)
+            assert {p.kind for p in report.problems} <= {"lost"}, report
+            assert lost_files(report) == failed(library) <= lost
+    lose_catalogs(library_path)
+    try:
+        FragmentLibrary.rebuild(library_path)
+    except NotFoundError:
+        return  # not one pack has a header
+    with FragmentLibrary.open(library_path) as library:
+        now = everything(library)
+        assert all(now[name] == shown[name] for name in now)
+        report = library.check(data=True)
+        assert {p.kind for p in report.problems} <= {"lost", "repairable"}
+        assert lost_files(report) <= failed(library)
+        report = library.check(repair=True)
+        assert {p.kind for p in report.problems} <= {"lost"}, report
+        assert lost_files(report) == failed(library)
+        for name, model in (("m0", b"m0"), ("m1", b"m1")):
+            if library_path is packs and model in now:
+                library.add([tmp_path / name], AddOptions(update=True, checksum=True))
+        if library_path is packs:
+            assert not failed(library)
