@@ -9,9 +9,7 @@ log is cut after each frame that a commit appends, and within each.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,14 +63,11 @@ class CrashState:
             else:
                 (directory / path).write_bytes(data)
 
-    def key(self) -> bytes:
-        """Equal for equal states."""
-        found = hashlib.blake2b()
-        for path in sorted(self.files):
-            data = self.files[path]
-            size = -1 if data is None else len(data)
-            found.update(os.fsencode(path) + b"\0" + struct.pack("<q", size) + (data or b""))
-        return found.digest()
+    def key(self) -> frozenset[tuple[Path, int | None]]:
+        """Equal for equal states, of this process. Python keeps the hash of each bytes object."""
+        return frozenset(
+            (path, None if data is None else hash(data)) for path, data in self.files.items()
+        )
 
 
 class RecordedDisk(OsFiles):
@@ -190,10 +185,12 @@ class _File:
     catalog: _Step | None = None
 
     def kept(self) -> bytes:
-        return b"".join([self.durable, *self.pending])
+        return b"".join([self.durable, *self.pending]) if self.pending else self.durable
 
     def torn(self) -> bytes:
         """Half of what was not synced."""
+        if not self.pending:
+            return self.durable
         return self.durable + (whole := b"".join(self.pending))[: len(whole) // 2]
 
     def reordered(self) -> bytes:

@@ -146,8 +146,8 @@ def test_a_disk_that_fills_up_at_any_moment(arguments, run, disk, library, place
     """At every stage: locks, records, catalog, its log, the snapshot."""
     refused = done = 0
     # A garbage collection copies what stays of a pack before it removes it.
-    step = 64 << 10 if arguments[0] == "gc" else 24 << 10
-    for free_bytes in range(0, 32 * step, step):
+    step = 96 << 10 if arguments[0] == "gc" else 36 << 10
+    for free_bytes in range(0, 20 * step, step):
         shutil.rmtree(library)
         shutil.copytree(place / "family" / "lib", library)
         before = same(library)
