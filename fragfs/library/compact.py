@@ -42,15 +42,13 @@ __all__ = ["Compactor"]
 log = logging.getLogger(__name__)
 
 _GARBAGE_SHARE_MIN = 0.02
-_GARBAGE_BYTES_MIN = 64 << 10
 """Packs with less to give back are left alone: giving it back means copying all the rest."""
-
 
 _OVERHEAD = (RecordKind.BATCH_TRAILER, RecordKind.RETIREMENT, RecordKind.PACK_INDEX)
 
 
 def _pays(waste: int, size: int) -> bool:
-    return waste >= max(_GARBAGE_BYTES_MIN, _GARBAGE_SHARE_MIN * size)
+    return waste >= _GARBAGE_SHARE_MIN * size
 
 
 @dataclass(slots=True)

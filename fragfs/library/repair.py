@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from fragfs.errors import StorageError
+from fragfs.errors import NotFoundError, StorageError
 from fragfs.library.appender import PackState
 from fragfs.library.catalog import Catalog
 from fragfs.library.check import Checker
@@ -87,9 +87,13 @@ class Repairer:
         return self._look(data=data).report(self._catalog)
 
     def _look(self, *, data: bool) -> Findings:
+        findings = None
         for _ in range(_LOOKS):
             before = self._catalog.generation()
-            findings = self._checker.run(data=data)
+            try:
+                findings = self._checker.run(data=data)
+            except NotFoundError:
+                continue  # a model was removed while it was looked at
             if not (findings.problems or findings.damages or findings.contents):
                 return findings
             # A change between two looks can make what is sound seem otherwise: look again.
@@ -98,15 +102,19 @@ class Repairer:
         try:
             # So can a commit that was under way: nothing is called damaged that others work on.
             with self._writer.locked():
-                return self._look_again(findings)
+                return self._look_again(findings, data=data)
         except StorageError as error:
+            if findings is None:
+                raise
             findings.notes.append(f"others may have been writing meanwhile: {error.message}")
             return findings
 
-    def _look_again(self, found: Findings) -> Findings:
-        """Look under the lock, and decode what was or is suspected."""
-        findings = self._checker.run(data=False)
-        if any(problem.kind is ProblemKind.CATALOG for problem in findings.problems):
+    def _look_again(self, found: Findings | None, *, data: bool) -> Findings:
+        """Look under the lock, and decode what was or is suspected: all, if nothing was found."""
+        findings = self._checker.run(data=data and found is None)
+        if found is None or any(
+            problem.kind is ProblemKind.CATALOG for problem in findings.problems
+        ):
             return findings
         if found.decoded_count is not None:
             suspects = {*found.damaged(), *findings.quarantined} - findings.damaged().keys()

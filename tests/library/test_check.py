@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from fragfs.errors import FormatError, StorageError
+from fragfs.library import check_packs
 from fragfs.library.add import AddOptions
 from fragfs.library.check import Checker
 from fragfs.library.extents import ExtentMap
@@ -469,3 +470,23 @@ def test_a_look_that_others_may_have_disturbed_says_so(path):
         report = library.check()
     assert report.problems
     assert any("others may have been writing" in note for note in report.notes)
+
+
+def test_a_model_that_is_removed_while_it_is_looked_at_is_no_problem(path, monkeypatch):
+    manifest = check_packs.current_manifest
+
+    def removing(catalog, name):
+        if name in names:
+            names.remove(name)
+            with FragmentLibrary.open(path) as other:
+                other.remove(name)
+        return manifest(catalog, name)
+
+    monkeypatch.setattr(check_packs, "current_manifest", removing)
+    with FragmentLibrary.open(path) as library:
+        names = [model.name for model in library.models()][:3]
+        report = library.check(data=True)
+        assert report.problems == ()
+        assert names == []
+        assert report.decoded_count
+        assert {model.name for model in library.models()}

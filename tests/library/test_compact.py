@@ -130,7 +130,7 @@ def newest_by_name(library: FragmentLibrary) -> dict[bytes, tuple[RecordKind, by
         name = parse_manifest(payload, "here").name if manifest else payload
         places[name, generation] += manifest
         found[name] = (kind, payload)
-    assert max(places.values()) == 1, "no batch has two manifests of a model"
+    assert max(places.values()) <= 1, "no batch has two manifests of a model"
     return found
 
 
