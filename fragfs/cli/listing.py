@@ -251,7 +251,7 @@ def _stats_lines(
                 (
                     "unused",
                     format_bytes(stats.unreferenced_bytes),
-                    "needed by no model any more; free them with: fragfs optimize",
+                    "needed by no model any more; free them with: fragfs gc",
                 )
             )
     rows += map(_cache_row, mounts)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fragfs.errors import FormatError, NotFoundError, StorageError, UsageError
 from fragfs.formats.detect import parse_layout
+from fragfs.library.batch import Batch
 from fragfs.library.catalog import Catalog
 from fragfs.library.files import storage_error
 from fragfs.library.ingest import Ingester, IngestTotals, PlannedFile
@@ -35,7 +36,6 @@ from fragfs.library.source import (
     read_source,
     scan_source,
 )
-from fragfs.library.writer import Batch
 
 __all__ = ["AddOptions", "AddReport", "Adder"]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fragfs.errors import FragmentError, IntegrityError, StorageError
 from fragfs.library.appender import PackState
+from fragfs.library.batch import Batch
 from fragfs.library.catalog import Catalog
 from fragfs.library.files import Files
 from fragfs.library.manifests import parse_manifest
@@ -34,7 +35,6 @@ from fragfs.library.records import (
     parse_fragment_record,
     parse_retirement,
 )
-from fragfs.library.writer import Batch
 from fragfs.types import FragmentId, FragmentMetadata
 
 __all__ = ["Compactor"]

@@ -21,6 +21,7 @@ from blake3 import blake3
 from fragfs.errors import IntegrityError, LimitError, NotFoundError, StorageError
 from fragfs.formats.cut import plan_cuts
 from fragfs.formats.layout import Cut, Layout
+from fragfs.library.batch import Batch, Replacement
 from fragfs.library.catalog import Catalog
 from fragfs.library.decode import FragmentDecoder, where
 from fragfs.library.extents import ExtentMapBuilder
@@ -32,7 +33,6 @@ from fragfs.library.progress import Progress
 from fragfs.library.publish import NewContent
 from fragfs.library.source import SourceFile, check_unchanged, read_source
 from fragfs.library.unpublished import note_unpublished
-from fragfs.library.writer import Batch, Replacement
 from fragfs.types import Dtype, FragmentId, FragmentMetadata, LibraryConfig
 
 __all__ = ["IngestTotals", "Ingester", "PlannedFile"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fragfs.errors import FragmentError, StorageError
+from fragfs.library.batch import Batch
 from fragfs.library.files import Files, OsFiles
 from fragfs.library.lease import hold_lease
 from fragfs.library.names import as_name
@@ -28,7 +29,7 @@ from fragfs.library.publish import (
 )
 from fragfs.library.reading import LibraryReader, count_cores
 from fragfs.library.version import read_snapshot_generation
-from fragfs.library.writer import Batch, LibraryWriter
+from fragfs.library.writer import LibraryWriter
 from fragfs.types import (
     LayerMapping,
     Level,

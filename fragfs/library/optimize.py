@@ -24,6 +24,7 @@ from fragfs.codec.choose import (
 from fragfs.codec.solo import Encoding, encode_solo
 from fragfs.codec.trials import NO_ROWS, Candidate, Rows
 from fragfs.errors import FragmentError, LimitError, StorageError
+from fragfs.library.batch import Batch, Replacement
 from fragfs.library.catalog import Catalog
 from fragfs.library.closure import closure_of
 from fragfs.library.decode import FragmentDecoder
@@ -32,7 +33,6 @@ from fragfs.library.progress import Progress
 from fragfs.library.recent import RecentFragments
 from fragfs.library.records import fragment_header_size
 from fragfs.library.stats import named_fragments
-from fragfs.library.writer import Batch, Replacement
 from fragfs.similarity.index import SimilarityIndex
 from fragfs.similarity.plan import Group, plan_group
 from fragfs.similarity.signature import FragmentSignature

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fragfs.errors import NotFoundError, StorageError, UsageError
+from fragfs.library.batch import Batch
 from fragfs.library.catalog import Catalog
 from fragfs.library.extents import ExtentMap, check_seal
 from fragfs.library.manifests import (
@@ -22,7 +23,6 @@ from fragfs.library.manifests import (
 from fragfs.library.names import join, parents, printable, split
 from fragfs.library.records import RecordKind
 from fragfs.library.unpublished import settle_published
-from fragfs.library.writer import Batch
 from fragfs.types import SHARED_INODE_BYTES_MIN, FragmentId
 
 __all__ = [

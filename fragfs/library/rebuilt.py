@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fragfs.errors import FragmentError
 from fragfs.library.appender import PackState
-from fragfs.library.catalog import FIRST_CONTENT, NO_PACK, create_catalog
+from fragfs.library.catalog import NO_PACK, create_catalog
 from fragfs.library.extents import ExtentMap
 from fragfs.library.former import FormerCatalog
 from fragfs.library.history import ModelsOfPacks
@@ -19,6 +19,7 @@ from fragfs.library.manifests import ManifestContent, StoredManifest
 from fragfs.library.names import as_name, parents, printable, split
 from fragfs.library.records import PackHeader
 from fragfs.library.resolve import Resolved
+from fragfs.library.schema import FIRST_CONTENT
 from fragfs.types import FRAGMENT_BYTES_MAX, FragmentId, SpanKind
 
 __all__ = ["PackRow", "RebuiltCatalog"]

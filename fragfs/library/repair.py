@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fragfs.errors import NotFoundError, StorageError
 from fragfs.library.appender import PackState
+from fragfs.library.batch import Batch
 from fragfs.library.catalog import Catalog
 from fragfs.library.check import Checker
 from fragfs.library.extents import ExtentMap
@@ -33,7 +34,7 @@ from fragfs.library.records import (
     pack_pack_header,
 )
 from fragfs.library.scan import TRAILER_SIZE, FoundRecord, scan_pack
-from fragfs.library.writer import STAGING_NAME, Batch, LibraryWriter
+from fragfs.library.writer import STAGING_NAME, LibraryWriter
 
 __all__ = ["Repairer"]
 

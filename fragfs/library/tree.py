@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fragfs.errors import FormatError, FragmentError
-from fragfs.library.catalog import CATALOG_REMEDY, FIRST_CONTENT, Catalog
+from fragfs.library.catalog import CATALOG_REMEDY, Catalog
 from fragfs.library.names import as_name, join, parents, printable, split
+from fragfs.library.schema import FIRST_CONTENT
 
 __all__ = ["IS_INDEXED", "Directory", "File", "TreeNode", "check_file", "list_directory", "lookup"]
 

@@ -12,11 +12,11 @@ from fragfs.codec.predict import Prediction
 from fragfs.codec.predicted import encode_predicted
 from fragfs.errors import IntegrityError, NotFoundError
 from fragfs.library.add import AddOptions
+from fragfs.library.batch import Replacement
 from fragfs.library.decode import NO_SOURCE
 from fragfs.library.files import OsFiles
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.records import checksum
-from fragfs.library.writer import Replacement
 from fragfs.types import Dtype, Fragment, FragmentId, LibraryConfig, Predictor
 from tests.models import digests, make_model, safetensors_bytes
 

@@ -14,7 +14,7 @@ from fragfs.codec.encoding import decode
 from fragfs.codec.groups import GROUPS_MAX
 from fragfs.codec.packing import PACKED_BITS
 from fragfs.codec.solo import encode_solo
-from fragfs.library import catalog, extents, names, records
+from fragfs.library import extents, names, records, schema
 from fragfs.types import (
     FRAGMENT_BYTES_MAX,
     LIBRARY_FORMAT_VERSION,
@@ -146,13 +146,13 @@ def test_limits():
 
 def test_versions_and_numbers_in_the_text():
     assert f"# The fragfs library format, version {LIBRARY_FORMAT_VERSION}" in DOCUMENT
-    assert f"0x{catalog.APPLICATION_ID:08x}" in section("The catalog")
-    assert f"start at {catalog.FIRST_CONTENT}" in section("The catalog")
+    assert f"0x{schema.APPLICATION_ID:08x}" in section("The catalog")
+    assert f"start at {schema.FIRST_CONTENT}" in section("The catalog")
     assert f"{SHARED_INODE_BYTES_MIN:,} bytes" in section("The catalog")
 
 
 def test_every_table_of_the_schema_is_described():
-    for table in re.findall(r"CREATE TABLE (\w+)", catalog.SCHEMA):
+    for table in re.findall(r"CREATE TABLE (\w+)", schema.SCHEMA):
         assert f"`{table}`" in section("The catalog")
 
 
