@@ -93,7 +93,7 @@ def choose_place(
         in_memory = _is_memory(made)
         if in_memory:
             remove_abandoned(made.parent, keep=made)
-        held = sum(_sizes(made))
+        held = _held_bytes(made)
         budget = measure_budget(made, in_memory=in_memory, asked=asked, held=held)
         if budget >= min(CACHE_BYTES_MIN, asked or CACHE_BYTES_MIN):
             return CachePlace(made, in_memory, budget, asked)
@@ -241,6 +241,11 @@ def _is_memory(directory: Path) -> bool:
     return False
 
 
-def _sizes(directory: Path) -> list[int]:
-    with os.scandir(directory) as entries:
-        return [entry.stat(follow_symlinks=False).st_size for entry in entries]
+def _held_bytes(directory: Path) -> int:
+    """Bytes of the files in a directory; others may remove some meanwhile."""
+    held = 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                held += entry.stat(follow_symlinks=False).st_size
+    return held

@@ -56,11 +56,12 @@ def check_command(
     workers: int | None,
     as_json: bool,
 ) -> int:
-    """Compare catalog and packs with the format's rules and their checksums.
+    """Look whether all of the library is as it must be, and mend it.
 
-    Every byte of the packs is read, nothing is decoded unless --data is given; mounts and other
-    commands may go on. Each problem is printed with what, where, the models and files that cannot
-    be read because of it, and what to do; then the exit status is 1. Notes are no problems.
+    Catalog and packs are compared with the format's rules and their checksums. Every byte of the
+    packs is read, nothing is decoded unless --data is given; mounts and other commands may go on.
+    Each problem is printed with what, where, the models and files that cannot be read because of
+    it, and what to do; then the exit status is 1. Notes are no problems.
 
     --repair derives again indexes, sizes, bases and the copy of the catalog for other users,
     removes what interrupted commands left, and puts damaged fragments in quarantine: no new model

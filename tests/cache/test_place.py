@@ -1,5 +1,6 @@
 """Where the cache goes and how large it may get."""
 
+import contextlib
 import os
 import shutil
 import stat
@@ -162,6 +163,27 @@ def test_choosing_removes_what_killed_users_of_other_libraries_left(memory):
 
 
 # --- the budget
+
+
+@needs_shared_memory
+def test_files_that_others_remove_meanwhile_count_nothing(memory, tmp_path, monkeypatch):
+    place = choose_place(UUID, disk=tmp_path / "disk", shared_memory=memory)
+    for name in ("kept", "removed"):
+        (place.directory / name).write_bytes(bytes(1000))
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def removing(directory):
+        with scandir(directory) as entries:
+            found = list(entries)
+        if Path(directory) == place.directory:
+            (place.directory / "removed").unlink(missing_ok=True)
+        yield iter(found)
+
+    monkeypatch.setattr(os, "scandir", removing)
+    again = choose_place(UUID, disk=tmp_path / "disk", shared_memory=memory)
+    assert again.directory == place.directory
+    assert not (place.directory / "removed").exists()
 
 
 def test_a_budget_that_was_asked_for_is_given_if_it_fits(tmp_path):
