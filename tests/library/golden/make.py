@@ -7,9 +7,11 @@ fragfs there ever was. `library.tar.gz` is the library, `expected.json` what its
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import sqlite3
 import sys
 import tarfile
 import tempfile
@@ -98,7 +100,30 @@ def sources() -> dict[str, dict[str, bytes]]:
             "patched": {"model.safetensors": safetensors(patched, "F32")},
             "int8": {"model.safetensors": safetensors(base, "I8")},
         }
+    if LIBRARY_FORMAT_VERSION > 2:
+        decayed = {name: decay(value) for name, value in base.items()}
+        models["decayed"] = {"model.safetensors": safetensors(decayed, "F32")}
     return models
+
+
+def decay(value: np.ndarray) -> np.ndarray:
+    """Weights after a thousand updates that only decay touched, as optimizers do it in f32."""
+    for _ in range(1000):
+        value = value * np.float32(1 - 1e-6)
+    return value
+
+
+def add_marks(library: FragmentLibrary) -> None:
+    """Leave what version 3 keeps track of: garbage given back, quarantine, an unfinished add."""
+    library.collect(grace_s=0, wait_s=0.1)
+    database = sqlite3.connect(library.path / "catalog.sqlite")
+    with contextlib.closing(database), database:
+        (last,) = database.execute("SELECT max(number) FROM fragments").fetchone()
+        database.execute(
+            "INSERT INTO quarantine SELECT min(number), ?, 'flipped on purpose' FROM fragments",
+            (ADDED_NS,),
+        )
+        database.execute("INSERT INTO unpublished VALUES (?, ?, ?)", (last, last, ADDED_NS))
 
 
 def make(directory: Path) -> None:
@@ -116,6 +141,8 @@ def make(directory: Path) -> None:
             library.remove("org/gone")
             library.move("org/tuned", "org/fine-tuned")
             assert not [item for item in library.verify() if item.error]
+            if LIBRARY_FORMAT_VERSION > 2:
+                add_marks(library)
         for name in ("lock", "lock.next", "leases"):
             path = place / "library" / name
             if path.is_dir():

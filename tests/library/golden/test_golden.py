@@ -23,8 +23,13 @@ FILES = {
     "format1/expected.json": "ff067383ae3dbf3f3f487ca25684101ac3118b4778e56d8bc543d9926b79db78",
     "format2/library.tar.gz": "ed3ab26ae1e18bfc58ee7a82cd39a47769e11045ecce8d1b4d90f8aafa8c163a",
     "format2/expected.json": "503178704292c4bb2ff326a3dec5502fcbd01c7368dd00aeb1af4787de2b5d4d",
+    "format3/library.tar.gz": "1fa939129b63c4b6fa4e939895bcf8624c1f2da799fc26236ba8fbdd73efdab8",
+    "format3/expected.json": "da6654cc55013250e72087fd6f4fc5d5eaa4633fa188a71ea0384d250fecb2e3",
 }
 """What was made once and is never made again."""
+
+
+VERSIONS = range(1, LIBRARY_FORMAT_VERSION + 1)
 
 
 def expected(version: int) -> dict[str, dict[str, str]]:
@@ -33,7 +38,7 @@ def expected(version: int) -> dict[str, dict[str, str]]:
     return found["models"]
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=VERSIONS)
 def version(request):
     return request.param
 
@@ -90,16 +95,37 @@ def test_its_packs_stay_as_they_are_when_it_is_opened(path, version):
     assert digests(path / "packs") == before
 
 
-SINCE_THEN = {Predictor.DECAY}
-"""Added to format 2 when its golden library was there already; tests/codec has golden records."""
+def test_every_version_has_a_golden_library():
+    found = sorted(file.name for file in GOLDEN.glob("format*"))
+    assert found == [f"format{number}" for number in VERSIONS]
 
 
-@pytest.mark.parametrize("version", [2], indirect=True)
-def test_every_predictor_is_in_the_golden_library_of_format_2(path):
+SINCE_THEN = {2: {Predictor.DECAY}, 3: set()}
+"""Added to a format when its golden library was there already; tests/codec has golden records."""
+
+
+@pytest.mark.parametrize("version", [2, 3], indirect=True)
+def test_every_predictor_is_in_the_golden_library(path, version):
     connection = sqlite3.connect(path / "catalog.sqlite")
     found = {code for (code,) in connection.execute("SELECT predictor FROM fragments")}
     connection.close()
-    assert found == set(Predictor) - SINCE_THEN
+    assert found == set(Predictor) - SINCE_THEN[version]
+
+
+@pytest.mark.parametrize("version", [3], indirect=True)
+def test_quarantine_and_unfinished_adds_are_kept(path):
+    with FragmentLibrary.open(path) as library:
+        # It is sound: somebody only said otherwise.
+        (problem,) = library.check(data=True).problems
+        assert "good again" in problem.what
+        assert library.collect(grace_s=1e12, wait_s=0.1).dropped_count == 0
+        assert library.check(data=True, repair=True).problems == ()
+        library.collect(grace_s=0, wait_s=0.1)
+        assert library.check(data=True).problems == ()
+    connection = sqlite3.connect(path / "catalog.sqlite")
+    for table in ("quarantine", "unpublished"):
+        assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+    connection.close()
 
 
 @pytest.mark.slow
