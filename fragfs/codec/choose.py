@@ -155,7 +155,10 @@ def estimate_blends(
     tried = Trials(memoryview(raw).cast("B"), dtype, level)
     tried.candidates += bases
     trials = tried.try_blends(range(len(bases)), 1.0, screened=False)
-    return {trial.bases: trial.share for trial in trials}
+    found: dict[tuple[int, ...], float] = {}
+    for trial in trials:  # several blends of the same bases may have been tried
+        found[trial.bases] = min(trial.share, found.get(trial.bases, trial.share))
+    return found
 
 
 def estimate_solo(raw: Buffer, dtype: Dtype, zstd_level: int) -> float:

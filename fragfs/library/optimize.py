@@ -32,7 +32,7 @@ from fragfs.library.planning import CatalogSignatureRows, prove
 from fragfs.library.progress import Progress
 from fragfs.library.recent import RecentFragments
 from fragfs.library.records import fragment_header_size
-from fragfs.library.stats import named_fragments
+from fragfs.library.stats import FragmentTable, named_fragments
 from fragfs.similarity.index import SimilarityIndex
 from fragfs.similarity.plan import Group, plan_group
 from fragfs.similarity.signature import FragmentSignature
@@ -157,7 +157,10 @@ class Optimizer:
         self._recent = RecentFragments(_MEMBERS_BYTES_MAX)
         self._done: set[int] = set()
         # What is left of removed models only predicts others: planning without it frees it.
-        self._named = set(named_fragments(catalog, catalog.next_number("fragments")).tolist())
+        table = FragmentTable(catalog)
+        named = named_fragments(catalog, table.size)
+        self._named = set(named.tolist())
+        self._needed = set(table.closure(named).tolist())
 
     def run(self) -> OptimizeReport:
         """Plan every group of similar fragments again, and write what got smaller."""
@@ -231,7 +234,7 @@ class Optimizer:
                     members = self._gather(number)
                     self._done.update(member.metadata.number for member in members)
                     self._done.add(number)
-                    if len(members) > 1 or (members and self._all_anew):
+                    if len(members) > 1 or (members and self._is_worth_planning(members[0])):
                         waiting.append(pool.submit(self._plan, members))
                     while len(waiting) > self._workers:
                         yield waiting.popleft().result()
@@ -240,6 +243,10 @@ class Optimizer:
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _is_worth_planning(self, alone: _Member) -> bool:
+        """Whether a fragment that resembles no other may be stored in fewer bytes."""
+        return self._all_anew or not self._named.issuperset(alone.bases)
 
     def _gather(self, number: int) -> list[_Member]:
         """A fragment and those that resemble it, also the ones too deep to be found as bases."""
@@ -268,10 +275,23 @@ class Optimizer:
     def _related(self, member: _Member) -> Iterator[int]:
         """Numbers of fragments that resemble one, or that predict it or are predicted from it."""
         number = member.metadata.number
-        yield from member.bases
+        yield from self._with_left_over(member.bases)
         for match in self._index.query(member.signature, count=_MEMBERS_MAX, exclude=(number,)):
             yield match.fragment
-        yield from self._catalog.dependents(number)
+        yield from self._with_left_over(self._catalog.dependents(number))
+
+    def _with_left_over(self, numbers: Sequence[int]) -> Iterator[int]:
+        """Fragments; for those that only removed models had, whatever hangs together by them."""
+        seen = set(numbers)
+        waiting = deque(numbers)
+        while waiting:
+            number = waiting.popleft()
+            yield number
+            if number in self._named or number not in self._needed:
+                continue
+            fresh = {*self._catalog.bases(number), *self._catalog.dependents(number)} - seen
+            seen |= fresh
+            waiting += sorted(fresh)
 
     def _member(self, number: int) -> _Member | None:
         """A fragment, decoded; None if it is damaged, or has no numbers to compare."""
@@ -335,17 +355,23 @@ class Optimizer:
         return old is not None and _record_size(change) < old.record_size * (1 - _GAIN_MIN)
 
     def _left_over(self, members: list[_Member], changes: Sequence[Replacement]) -> int:
-        """Record bytes of bases that are in no file any more, and that nothing needs after this."""
-        changed = {change.number for change in changes}
-        bases = {base for member in members for base in member.bases if base not in self._named}
-        dropped = [base for base in bases if changed.issuperset(self._catalog.dependents(base))]
-        sizes = dict(
-            row
-            for base in dropped
-            for row in self._catalog.rows(
-                "SELECT number, record_size FROM fragments WHERE number = ?", (base,)
-            )
-        )
+        """Record bytes that are in no file any more, and that nothing needs after this."""
+        gone = {change.number for change in changes}
+        sizes: dict[int, int] = {}
+        waiting = [base for member in members for base in member.bases]
+        while waiting:
+            base = waiting.pop()
+            if base in self._named or base in sizes:
+                continue
+            # Others of removed models may hang on it as well: what nothing needs counts for nobody.
+            if not gone.issuperset(self._needed.intersection(self._catalog.dependents(base))):
+                continue
+            gone.add(base)
+            for (size,) in self._catalog.rows(
+                "SELECT record_size FROM fragments WHERE number = ?", (base,)
+            ):
+                sizes[base] = size
+            waiting += self._catalog.bases(base)
         return sum(sizes.values())
 
     def _estimate(self, members: list[_Member]) -> Group:

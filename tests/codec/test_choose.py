@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fragfs.codec.choose import Choice, encode_best, encode_from
+from fragfs.codec.choose import Choice, encode_best, encode_from, estimate_blends
 from fragfs.codec.encoding import decode
 from fragfs.codec.solo import encode_solo
 from fragfs.codec.trials import Candidate, Rows
@@ -179,6 +179,18 @@ def test_a_merge_is_a_blend(dtype, wanted):
     assert choice.encoding.predictor is Predictor.BLEND
     assert sorted(choice.bases) == [0, 1]
     assert choice.encoding.size <= 0.02 * unit_of(dtype) * COUNT
+
+
+@pytest.mark.parametrize("wanted", [(0.5, 0.5), (0.3, 0.7), (2, -1)])
+@pytest.mark.parametrize("dtype", [Dtype.F32, Dtype.BF16], ids=names)
+def test_a_blend_is_estimated_by_the_best_coefficients(dtype, wanted):
+    a = numbers(COUNT, seed=1)
+    b = a + 0.1 * numbers(COUNT, seed=2)
+    wide = [x.astype("<f4") for x in (a, b)]
+    merged = wide[0] * np.float32(wanted[0]) + wide[1] * np.float32(wanted[1])
+    bases = [Candidate(memoryview(x.tobytes()), Dtype.F32) for x in wide]
+    found = estimate_blends(as_dtype(merged, dtype), dtype, bases, level=Level.BALANCED)
+    assert found[0, 1] <= 0.02
 
 
 def test_a_merge_of_three_at_the_smallest_level():

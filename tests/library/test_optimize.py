@@ -202,6 +202,28 @@ def test_a_fine_tune_and_copies_in_any_order(create):
     assert max(sizes) <= 1.05 * min(sizes)
 
 
+@pytest.mark.parametrize(
+    "removed",
+    [
+        ("base",),
+        ("base", "tuned", "other", "copy", "merge", "int8"),
+        ("base", "tuned", "copy", "tuned copy", "merge", "int8"),
+        ("base", "copy", "other"),
+        ("tuned", "other", "int8"),
+    ],
+)
+def test_what_was_predicted_from_removed_models_takes_no_more_than_without_them(create, removed):
+    library = create(*ORDER)
+    for name in removed:
+        library.remove(name)
+    # At once: what nothing needs any more is still there, and must not stand in the way.
+    optimize(library)
+    fresh = create(*(name for name in ORDER if name not in removed))
+    optimize(fresh)
+    assert record_bytes(library) <= 1.03 * record_bytes(fresh)
+    check(library)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("closure_max", [1, 2, 3, 4])
 def test_closures_stay_within_the_limit(create, closure_max):
