@@ -133,6 +133,8 @@ def _full_name(result: VerifiedFile) -> bytes:
 
 def format_sum(path: bytes, sha256: bytes) -> str:
     r"""A line as `sha256sum` writes it: a leading backslash marks escapes in the name."""
+    if path == b"-":
+        path = b"./-"  # alone it means standard input
     escaped = path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
     mark = "" if escaped == path else "\\"
     return f"{mark}{sha256.hex()}  {escaped.decode('utf-8', 'surrogateescape')}"

@@ -230,8 +230,13 @@ class Batch:
     def _check_closure(self, number: int, bases: Callable[[int], Sequence[int]]) -> None:
         if number in closure_of(bases(number), bases):
             raise LimitError("a fragment cannot be predicted from itself")
-        if len(closure_of([number], bases)) > self._writer.config.closure_max:
+        closure = closure_of([number], bases)
+        if len(closure) > self._writer.config.closure_max:
             raise LimitError("a prediction would take more fragments than the library allows")
+        known = {metadata.number for metadata in self._pending.values()}
+        for member in closure - known - {number}:
+            if self._catalog.row("SELECT 1 FROM fragments WHERE number = ?", (member,)) is None:
+                raise LimitError("a fragment that a prediction would take was dropped meanwhile")
 
     def _all_dependents(self, numbers: Iterable[int]) -> set[int]:
         """Every fragment that cannot be decoded without one of these."""

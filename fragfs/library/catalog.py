@@ -154,12 +154,14 @@ class Catalog:
         path: The database file in use: the catalog, or its snapshot where this user cannot open
             the catalog itself (another user's library, read-only media).
         read_only: True if the snapshot is in use.
+        was_migrated: True if it had an older format when it was opened.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.path = directory / CATALOG_NAME
         self.read_only = False
+        self.was_migrated = False
         self._local = threading.local()
         self._opened: weakref.WeakSet[_ThreadConnection] = weakref.WeakSet()
         self._opened_lock = threading.Lock()
@@ -208,6 +210,7 @@ class Catalog:
             )
         if version in MIGRATIONS:
             self._migrate()
+            self.was_migrated = True
         elif version != LIBRARY_FORMAT_VERSION:
             raise FormatError(
                 f"library format {version} is not the format this fragfs works with"
@@ -234,6 +237,13 @@ class Catalog:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {version + 1}")
 
+    def _moved_away(self) -> StorageError:
+        return StorageError(
+            f"the library in {self._directory} was moved away or replaced while it was in use",
+            path=str(self._directory),
+            remedy="put it back, or unmount and open it again",
+        )
+
     def connection(self) -> sqlite3.Connection:
         """This thread's connection, read-only and in autocommit mode."""
         held: _ThreadConnection | None = getattr(self._local, "held", None)
@@ -254,11 +264,7 @@ class Catalog:
             raise _forked()
         if not self.read_only and _identity(self.path) != self._identity:
             # Numbers of another catalog, even an older one of the same library, mean other bytes.
-            raise StorageError(
-                f"the library in {self._directory} was moved away or replaced while it was in use",
-                path=str(self._directory),
-                remedy="put it back, or unmount and open it again",
-            )
+            raise self._moved_away()
         # A snapshot is never changed in place, only replaced by rename: immutable is true of it.
         mode = "mode=ro&immutable=1" if self.read_only else "mode=rw"
         uri = f"{self.path.absolute().as_uri()}?{mode}"
@@ -335,8 +341,18 @@ class Catalog:
         finally:
             connection.close()
 
+    def file_identity(self) -> str:
+        """Which file the database is, as text: another one after a rebuild."""
+        return "-".join(map(str, self._identity or ()))
+
     def copy_to(self, path: Path) -> None:
-        """Write a consistent copy of the database, complete in one file."""
+        """Write a consistent copy of the database, complete in one file.
+
+        Raises:
+            StorageError: It was replaced since it was opened, or there is no room.
+        """
+        if not self.read_only and _identity(self.path) != self._identity:
+            raise self._moved_away()
         with _sqlite_errors(path):
             target = sqlite3.connect(path)
             try:

@@ -30,7 +30,7 @@ from fragfs.library.progress import Progress
 from fragfs.library.readback import read_content
 from fragfs.library.recent import RecentFragments
 from fragfs.library.writer import STAGING_NAME, LibraryWriter
-from fragfs.types import LibraryConfig
+from fragfs.types import LIBRARY_FORMAT_VERSION, LibraryConfig
 
 __all__ = ["Checker"]
 
@@ -147,6 +147,7 @@ class Checker:
             uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
             with closing(sqlite3.connect(uri, uri=True)) as connection:
                 (text,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
                 uuid, snapshot_generation = connection.execute(
                     "SELECT uuid, generation FROM library"
                 ).fetchone()
@@ -155,6 +156,10 @@ class Checker:
         else:
             if text != "ok":
                 findings.stale_snapshot = f"it is damaged: {text}"
+            elif version < LIBRARY_FORMAT_VERSION:
+                findings.stale_snapshot = (
+                    f"it has format {version}, as before the library's migration"
+                )
             elif uuid != self._uuid:
                 findings.stale_snapshot = "it is of another library"
             elif snapshot_generation > self._catalog.generation()[0]:

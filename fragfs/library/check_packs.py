@@ -220,7 +220,8 @@ class PackChecker:
             if batch.end > start and batch.trailer.batch not in explained
         ]
         foreign = scan.header is not None and scan.header.library_uuid != self._uuid
-        if unexplained and not foreign:
+        # A snapshot may be older than the packs: then they know more than it, as they may.
+        if unexplained and not foreign and not self._catalog.read_only:
             self._findings.problems.append(
                 Problem(
                     ProblemKind.CATALOG,

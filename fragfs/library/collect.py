@@ -293,7 +293,10 @@ class Collector:
                     )
                     if not wait:
                         kept = self._kept(marks, leases, alone=alone)
-                        doomed = np.flatnonzero(marks.droppable & ~kept.mask)[:_DROPPED_AT_ONCE]
+                        # Last in, first out: at no moment is a fragment there without its bases.
+                        doomed = marks.table.deepest_first(
+                            np.flatnonzero(marks.droppable & ~kept.mask)
+                        )[:_DROPPED_AT_ONCE]
                         if doomed.size or marks.settled or marks.future:
                             batch.drop_fragments(doomed.tolist())
                             batch.commit(self._settle(marks))

@@ -10,7 +10,7 @@ there: it looks the place up again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,13 +127,15 @@ class Compactor:
                     continue
                 self._copy(batch, number, contents)
                 batch.commit()
+        # Only what the snapshot will not name: others may retire more before it is looked at again.
+        retired = self._retired()
         try:
             self._publish_snapshot()
         except StorageError as error:
             # Readers of the old copy would miss the packs: the next run removes them.
             log.warning("retired packs stay for now: %s", error)
         else:
-            self._remove_retired()
+            self._remove(retired)
         return tuple(kept)
 
     def pack_bytes(self) -> int:
@@ -269,13 +271,20 @@ class Compactor:
                 batch.append_plain(RecordKind.REMOVAL, name)
         batch.append_plain(RecordKind.RETIREMENT, pack_retirement(contents.batches))
 
-    def _remove_retired(self) -> None:
-        """Remove the files of retired packs; descriptors that readers hold stay good."""
+    def _retired(self) -> list[int]:
+        """Numbers of retired packs whose files are there."""
         there = set(self._files.names(self._directory))
-        for (number,) in self._catalog.rows(
-            "SELECT number FROM packs WHERE state = ?", (PackState.RETIRED,)
-        ):
-            if pack_name(number) in there:
-                self._files.unlink(self._directory / pack_name(number))
+        return [
+            number
+            for (number,) in self._catalog.rows(
+                "SELECT number FROM packs WHERE state = ?", (PackState.RETIRED,)
+            )
+            if pack_name(number) in there
+        ]
+
+    def _remove(self, retired: Sequence[int]) -> None:
+        """Remove the files of retired packs; descriptors that readers hold stay good."""
+        for number in retired:
+            self._files.unlink(self._directory / pack_name(number))
         self._files.sync_directory(self._directory)
         self._packs.drop_descriptors()

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import xxhash
 
+from fragfs.errors import StorageError
 from fragfs.library.filesystem import lacks_locks, lock_error
 
 __all__ = [
@@ -177,7 +178,14 @@ def hold_lease(directory: Path, what: str, *, required: bool = False) -> Iterato
     Raises:
         StorageError: The lease cannot be taken.
     """
+    process = os.getpid()
     shared = _open_shared(directory)
+    if shared is None and required:
+        raise StorageError(
+            f"cannot open {directory / LEASES_NAME / _SHARED_NAME}",
+            path=str(directory),
+            remedy="check the owner and the permissions, and the limit on open files (ulimit -n)",
+        )
     own: tuple[int, Path] | None = None
     try:
         if shared is not None:
@@ -199,10 +207,12 @@ def hold_lease(directory: Path, what: str, *, required: bool = False) -> Iterato
         fcntl.flock(shared, fcntl.LOCK_UN)
         yield lease
     finally:
-        if own is not None:
+        # A forked child that lets go of its copy must not end its parent's lease.
+        if own is not None and os.getpid() == process:
             # Unlinked first: whoever could lock it would take its holder for dead, as it is.
             with suppress(OSError):
                 os.unlink(own[1])
+        if own is not None:
             os.close(own[0])
         if shared is not None:
             os.close(shared)
@@ -225,6 +235,8 @@ def _make_own(directory: Path) -> tuple[int, Path] | None:
         except OSError:
             return None
         try:
+            # Whatever the umask: the library's owner must be able to see when its holder has died.
+            os.fchmod(descriptor, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_nlink:
                 return descriptor, path
@@ -248,8 +260,10 @@ def live_leases(directory: Path, *, remove_dead: bool = False) -> list[LeaseStat
     place = directory / LEASES_NAME
     try:
         names = sorted(os.listdir(place))
-    except OSError:
+    except FileNotFoundError:
         return []
+    except OSError:
+        return [LeaseState(0, "somebody whose lease cannot be read")]
     for name in names:
         if name.endswith(_SUFFIX):
             state = _read_own(place / name, remove_dead=remove_dead)

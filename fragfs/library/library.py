@@ -76,6 +76,8 @@ class FragmentLibrary(LibraryReader):
         self._writer = LibraryWriter(
             self._files, self.path, self._catalog, self.uuid, self.config, lock_timeout_s
         )
+        if self._catalog.was_migrated:
+            self._publish_snapshot()  # the old one is of no use to other users any more
 
     @classmethod
     def create(

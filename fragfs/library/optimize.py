@@ -290,6 +290,8 @@ class Optimizer:
             if number in self._named or number not in self._needed:
                 continue
             fresh = {*self._catalog.bases(number), *self._catalog.dependents(number)} - seen
+            # What was planned before would fill the group and could not change any more.
+            fresh -= self._done
             seen |= fresh
             waiting += sorted(fresh)
 

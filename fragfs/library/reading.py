@@ -392,7 +392,8 @@ class LibraryReader:
         """
         from fragfs.library.verify import VerifyState
 
-        return VerifyState(path, self.uuid, self._catalog.generation()[1], resume=resume)
+        _, batch = self._catalog.generation()
+        return VerifyState(path, self.uuid, batch, self._catalog.file_identity(), resume=resume)
 
     def export(
         self,

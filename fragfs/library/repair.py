@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from fragfs.errors import NotFoundError, StorageError
@@ -112,12 +112,13 @@ class Repairer:
 
     def _look_again(self, found: Findings | None, *, data: bool) -> Findings:
         """Look under the lock, and decode what was or is suspected: all, if nothing was found."""
-        findings = self._checker.run(data=data and found is None)
-        if found is None or any(
-            problem.kind is ProblemKind.CATALOG for problem in findings.problems
-        ):
+        is_decoded = found is not None and found.decoded_count is not None
+        findings = self._checker.run(data=data and not is_decoded)
+        if found is None or (data and not is_decoded):
             return findings
-        if found.decoded_count is not None:
+        if any(problem.kind is ProblemKind.CATALOG for problem in findings.problems):
+            return findings
+        if is_decoded:
             suspects = {*found.damaged(), *findings.quarantined} - findings.damaged().keys()
             self._checker.decode_some(suspects, findings)
             findings.decoded_count = found.decoded_count
@@ -154,12 +155,14 @@ class Repairer:
             self._mend_catalog(batch, findings, done)
             for number in findings.unindexed_packs:
                 self._write_index(number, done)
-        if done or findings.stale_snapshot or findings.retired_files:
+        # Before the snapshot, which will not name them: others may retire more meanwhile.
+        retired = self._retired()
+        if done or findings.stale_snapshot or retired:
             self._writer.publish_snapshot()
         if findings.stale_snapshot:
             done.append("the snapshot for other users is published anew")
-        self._remove_retired(done)
-        left = self._checker.run(data=False)
+        self._remove(retired, done)
+        left = self._look(data=False)
         left.contents = found.contents
         left.decoded_count = found.decoded_count
         return left.report(self._catalog, done)
@@ -288,16 +291,18 @@ class Repairer:
         self._packs.drop_descriptors()
         return end + len(tail)
 
-    def _remove_retired(self, done: list[str]) -> None:
-        """Remove the files of packs that a commit has retired; the snapshot names them no more."""
+    def _retired(self) -> list[int]:
+        """Numbers of packs that a commit has retired and whose files are there."""
         there = set(self._files.names(self._packs_directory))
-        retired = [
+        return [
             number
             for (number,) in self._catalog.rows(
                 "SELECT number FROM packs WHERE state = ?", (PackState.RETIRED,)
             )
             if pack_name(number) in there
         ]
+
+    def _remove(self, retired: Sequence[int], done: list[str]) -> None:
         for number in retired:
             self._files.unlink(self._packs_directory / pack_name(number))
         if retired:

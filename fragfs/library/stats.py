@@ -116,6 +116,14 @@ class FragmentTable:
         found[:1] = False
         return np.flatnonzero(found)
 
+    def deepest_first(self, numbers: Numbers) -> Numbers:
+        """The fragments in an order in which each comes before those that it is predicted from."""
+        depth: NDArray[np.int8] = np.zeros(self.size, np.int8)
+        for _ in range(CLOSURE_LIMIT):
+            below = np.where(self.bases > 0, depth[self.bases] + 1, 0)
+            depth = below.max(axis=0, initial=0).astype(np.int8)
+        return numbers[np.argsort(-depth[numbers], kind="stable")]
+
     def closure(self, numbers: Numbers) -> Numbers:
         """The fragments that decoding all of `numbers` takes, themselves included."""
         found = np.zeros(self.size, np.bool_)

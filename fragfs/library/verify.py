@@ -60,6 +60,7 @@ class VerifyState:
         path: The file; its directory is made if it is missing.
         uuid: The library's identity.
         batch: Id of the batch committed last.
+        catalog: Which file the catalog is: a rebuild may have it mean other records.
         resume: Whether to believe what an interrupted run has left.
 
     Attributes:
@@ -69,11 +70,13 @@ class VerifyState:
         StorageError: The file cannot be made.
     """
 
-    def __init__(self, path: Path, uuid: bytes, batch: bytes, *, resume: bool) -> None:
+    def __init__(
+        self, path: Path, uuid: bytes, batch: bytes, catalog: str, *, resume: bool
+    ) -> None:
         self._path = path
         self.done: set[int] = set()
         self._descriptor = -1
-        head = f"{_STATE_MAGIC} {uuid.hex()} {batch.hex()}\n".encode()
+        head = f"{_STATE_MAGIC} {uuid.hex()} {batch.hex()} {catalog}\n".encode()
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -464,6 +464,24 @@ def test_nothing_is_called_damaged_that_others_work_on(path, monkeypatch):
     assert check(path, data=True).problems == ()
 
 
+def test_what_was_not_decoded_beside_changes_is_decoded_under_the_lock(path, monkeypatch):
+    run = Checker.run
+
+    def distrusting(self, *, data):
+        findings = run(self, data=data and bool(looks))
+        if not looks:
+            looks.append(data)
+            findings.distrust("half of a change was seen")
+            findings.decoded_count = None
+        return findings
+
+    looks = []
+    monkeypatch.setattr(Checker, "run", distrusting)
+    report = check(path, data=True)
+    assert report.problems == ()
+    assert report.decoded_count == report.fragment_count > 0
+
+
 def test_a_look_that_others_may_have_disturbed_says_so(path):
     (path / "packs").rename(path / "elsewhere")
     with writer_lock(path, 1.0), FragmentLibrary.open(path, lock_timeout_s=0.05) as library:

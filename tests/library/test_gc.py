@@ -293,6 +293,26 @@ def test_what_is_needed_again_between_two_parts_stays(library, place, monkeypatc
     check(library)
 
 
+def test_no_part_drops_what_others_are_predicted_from(tmp_path, monkeypatch):
+    base = base_weights()
+    monkeypatch.setattr(collect_module, "_DROPPED_AT_ONCE", 1)
+    with FragmentLibrary.create(tmp_path / "lib", CONFIG) as library:
+        add(library, write_model(tmp_path / "base", base))
+        add(library, write_model(tmp_path / "tuned", tuned(base, 1)))
+        assert any(map(library.dependent_count, fragments_of(library, "base")))
+        for name in ("base", "tuned"):
+            library.remove(name)
+
+        def act(count):
+            sql = "SELECT count(*) FROM bases WHERE base NOT IN (SELECT number FROM fragments)"
+            assert rows(library, sql) == [(0,)], count
+
+        with between_batches(monkeypatch, act) as state:
+            report = library.collect()
+        assert state["count"] > report.dropped_count > 4
+        assert library.stats().unreferenced_bytes == 0
+
+
 # --- leases
 
 

@@ -41,6 +41,22 @@ from tests.models import make_model
 CONFIG = LibraryConfig(fragment_elements=1 << 14)
 
 
+def test_a_forked_child_does_not_end_its_parents_lease(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, hold_lease(tmp_path, "reader"):
+        patch.setattr(os, "getpid", lambda: 1)
+    assert [path.suffix for path in (tmp_path / "leases").iterdir()].count(".lease") == 1
+
+
+def test_leases_that_cannot_be_listed_keep_everything(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with hold_lease(tmp_path, "reader"):
+        monkeypatch.setattr(os, "listdir", refuse)
+        (state,) = live_leases(tmp_path)
+    assert state.generation is None
+
+
 def test_nobody_holds_one_at_first(tmp_path):
     with no_leases(tmp_path) as alone:
         assert alone

@@ -482,3 +482,13 @@ def test_what_cannot_be_in_an_old_catalog_is_not_carried_over(path, sql):
         assert everything(library) == shown
         assert is_sound(library)
     assert max(rows(path, "SELECT max(number) FROM fragments")[0]) < 10_000
+
+
+def test_who_had_it_open_before_publishes_nothing_old(path):
+    snapshot = path / "catalog.snapshot"
+    with FragmentLibrary.open(path) as before:
+        FragmentLibrary.rebuild(path)
+        published = snapshot.read_bytes()
+        with pytest.raises(StorageError, match="moved away or replaced"):
+            before._writer.publish_snapshot()
+    assert snapshot.read_bytes() == published

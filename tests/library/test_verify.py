@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 
 import pytest
@@ -44,6 +45,23 @@ class Counted:
     def note(self, text):
         assert self._lock.acquire(blocking=False)
         self._lock.release()
+
+
+def test_a_rebuilt_catalog_is_verified_from_the_start(family, tmp_path):
+    path = tmp_path / "lib"
+    shutil.copytree(family, path)
+    with FragmentLibrary.open(path) as library:
+        state = library.verify_state(tmp_path / "state", resume=False)
+        state.add(1024)
+        state.close()
+        again = library.verify_state(tmp_path / "state", resume=True)
+        assert again.done == {1024}
+        again.close()
+    FragmentLibrary.rebuild(path)
+    with FragmentLibrary.open(path) as library:
+        state = library.verify_state(tmp_path / "state", resume=True)
+        assert state.done == set()
+        state.close()
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 7])
@@ -141,16 +159,16 @@ def test_failures_are_never_written_down(tmp_path):
 @pytest.mark.parametrize("cut", [1, 2, 5])
 def test_a_torn_state_vouches_for_less_and_never_for_more(tmp_path, cut):
     path = tmp_path / "verify"
-    state = VerifyState(path, bytes(16), bytes(16), resume=False)
+    state = VerifyState(path, bytes(16), bytes(16), "1", resume=False)
     for number in (1024, 10240, 102400):
         state.add(number)
     state.close()
     path.write_bytes(path.read_bytes()[:-cut])
-    state = VerifyState(path, bytes(16), bytes(16), resume=True)
+    state = VerifyState(path, bytes(16), bytes(16), "1", resume=True)
     assert state.done == {1024, 10240}
     state.add(7777)
     state.close()
-    assert VerifyState(path, bytes(16), bytes(16), resume=True).done == {1024, 10240, 7777}
+    assert VerifyState(path, bytes(16), bytes(16), "1", resume=True).done == {1024, 10240, 7777}
 
 
 def test_two_runs_at_once_do_not_mix(library, tmp_path):

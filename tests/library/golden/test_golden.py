@@ -100,6 +100,14 @@ def test_every_version_has_a_golden_library():
     assert found == [f"format{number}" for number in VERSIONS]
 
 
+def test_other_users_can_read_it_once_it_was_opened(path, version):
+    with FragmentLibrary.open(path):
+        pass
+    connection = sqlite3.connect(path / "catalog.snapshot")
+    assert connection.execute("PRAGMA user_version").fetchone() == (LIBRARY_FORMAT_VERSION,)
+    connection.close()
+
+
 SINCE_THEN = {2: {Predictor.DECAY}, 3: set()}
 """Added to a format when its golden library was there already; tests/codec has golden records."""
 
