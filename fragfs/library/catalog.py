@@ -249,9 +249,12 @@ class Catalog:
             raise _forked()
         return held.connection
 
-    def _connect(self, *, writable: bool) -> sqlite3.Connection:
-        if os.getpid() != self._process:
-            raise _forked()
+    def check_in_place(self) -> None:
+        """Make sure that the catalog is still the file that was opened.
+
+        Raises:
+            StorageError: It was moved away or replaced.
+        """
         if not self.read_only and _identity(self.path) != self._identity:
             # Numbers of another catalog, even an older one of the same library, mean other bytes.
             raise StorageError(
@@ -259,6 +262,11 @@ class Catalog:
                 path=str(self._directory),
                 remedy="put it back, or unmount and open it again",
             )
+
+    def _connect(self, *, writable: bool) -> sqlite3.Connection:
+        if os.getpid() != self._process:
+            raise _forked()
+        self.check_in_place()
         # A snapshot is never changed in place, only replaced by rename: immutable is true of it.
         mode = "mode=ro&immutable=1" if self.read_only else "mode=rw"
         uri = f"{self.path.absolute().as_uri()}?{mode}"
