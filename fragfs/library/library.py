@@ -430,7 +430,7 @@ class FragmentLibrary(LibraryReader):
 def _count_removed(
     fragments: RemovedFragments | None, removed: Sequence[FileEntry]
 ) -> tuple[int, int, list[tuple[bytes, int]]]:
-    """As `RemovedFragments.count`; zeros where it is not known: the removal is committed already."""
+    """As `RemovedFragments.count`; zeros where it is not known, as the removal stands."""
     if fragments is not None:
         try:
             return fragments.count(removed)
