@@ -237,13 +237,6 @@ class Catalog:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {version + 1}")
 
-    def _moved_away(self) -> StorageError:
-        return StorageError(
-            f"the library in {self._directory} was moved away or replaced while it was in use",
-            path=str(self._directory),
-            remedy="put it back, or unmount and open it again",
-        )
-
     def connection(self) -> sqlite3.Connection:
         """This thread's connection, read-only and in autocommit mode."""
         held: _ThreadConnection | None = getattr(self._local, "held", None)
@@ -259,12 +252,24 @@ class Catalog:
             raise _forked()
         return held.connection
 
+    def check_in_place(self) -> None:
+        """Make sure that the catalog is still the file that was opened.
+
+        Raises:
+            StorageError: It was moved away or replaced.
+        """
+        if not self.read_only and _identity(self.path) != self._identity:
+            # Numbers of another catalog, even an older one of the same library, mean other bytes.
+            raise StorageError(
+                f"the library in {self._directory} was moved away or replaced while it was in use",
+                path=str(self._directory),
+                remedy="put it back, or unmount and open it again",
+            )
+
     def _connect(self, *, writable: bool) -> sqlite3.Connection:
         if os.getpid() != self._process:
             raise _forked()
-        if not self.read_only and _identity(self.path) != self._identity:
-            # Numbers of another catalog, even an older one of the same library, mean other bytes.
-            raise self._moved_away()
+        self.check_in_place()
         # A snapshot is never changed in place, only replaced by rename: immutable is true of it.
         mode = "mode=ro&immutable=1" if self.read_only else "mode=rw"
         uri = f"{self.path.absolute().as_uri()}?{mode}"
@@ -351,8 +356,7 @@ class Catalog:
         Raises:
             StorageError: It was replaced since it was opened, or there is no room.
         """
-        if not self.read_only and _identity(self.path) != self._identity:
-            raise self._moved_away()
+        self.check_in_place()
         with _sqlite_errors(path):
             target = sqlite3.connect(path)
             try:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fragfs.errors import FragmentError, StorageError
+from fragfs.errors import FormatError, FragmentError, StorageError
 from fragfs.library.batch import Batch
 from fragfs.library.files import Files, OsFiles
 from fragfs.library.lease import hold_lease
@@ -31,6 +31,7 @@ from fragfs.library.reading import LibraryReader, count_cores
 from fragfs.library.version import read_snapshot_generation
 from fragfs.library.writer import LibraryWriter
 from fragfs.types import (
+    FileEntry,
     LayerMapping,
     Level,
     LibraryConfig,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fragfs.library.ingest import Ingester
     from fragfs.library.optimize import OptimizeReport
     from fragfs.library.rebuild import RebuildReport
+    from fragfs.library.stats import RemovedFragments
 
 __all__ = ["FragmentLibrary"]
 
@@ -248,14 +250,15 @@ class FragmentLibrary(LibraryReader):
     def remove(self, name: str | bytes, paths: Sequence[bytes] = ()) -> RemoveReport:
         """Remove a model, or files and directories of it.
 
+        Where the catalog is damaged such that what became unreferenced cannot be counted, the
+        report has zeros for it.
+
         Raises:
             NotFoundError: No such model or file.
         """
-        from fragfs.library.stats import RemovedFragments
-
         raw = as_name(name)
         entries = self.files(raw)
-        fragments = RemovedFragments(self._catalog, entries)
+        fragments = self._removed_fragments(entries)
         with self._writer.batch() as batch:
             if paths:
                 gone = publish_path_removal(batch, self._catalog, raw, paths, self._now_ns())
@@ -264,7 +267,7 @@ class FragmentLibrary(LibraryReader):
                 removed = entries
                 publish_removal(batch, self._catalog, raw, self._now_ns())
         self._publish_snapshot()
-        unreferenced_bytes, kept_bytes, kept_for = fragments.count(removed)
+        unreferenced_bytes, kept_bytes, kept_for = _count_removed(fragments, removed)
         return RemoveReport(
             model=raw,
             file_count=len(removed),
@@ -273,6 +276,16 @@ class FragmentLibrary(LibraryReader):
             kept_bytes=kept_bytes,
             kept_for=tuple(kept_for),
         )
+
+    def _removed_fragments(self, entries: Sequence[FileEntry]) -> RemovedFragments | None:
+        """None if their extents are damaged: that must not keep the model from being removed."""
+        from fragfs.library.stats import RemovedFragments
+
+        try:
+            return RemovedFragments(self._catalog, entries)
+        except FormatError as error:
+            _warn_not_counted(error)
+            return None
 
     def move(self, old: str | bytes, new: str | bytes) -> None:
         """Rename a model. Its inodes and bytes stay what they are.
@@ -414,3 +427,19 @@ class FragmentLibrary(LibraryReader):
         # What is dropped while it is looked at would be taken for lost.
         with hold_lease(self.path, "check"):
             return repairer.repair(data=data) if repair else repairer.check(data=data)
+
+
+def _count_removed(
+    fragments: RemovedFragments | None, removed: Sequence[FileEntry]
+) -> tuple[int, int, list[tuple[bytes, int]]]:
+    """As `RemovedFragments.count`; zeros where it is not known, as the removal stands."""
+    if fragments is not None:
+        try:
+            return fragments.count(removed)
+        except FormatError as error:
+            _warn_not_counted(error)
+    return 0, 0, []
+
+
+def _warn_not_counted(error: FormatError) -> None:
+    log.warning("what the removal leaves unreferenced is not known: %s", error)

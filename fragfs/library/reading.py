@@ -7,8 +7,8 @@ imported by the methods that need them, so that `fragfs ls` starts fast.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
@@ -211,13 +211,20 @@ class LibraryReader:
         """
         self._packs.drop_removed()
 
-    def hold_lease(self, what: str = "reader") -> AbstractContextManager[Lease]:
+    @contextmanager
+    def hold_lease(self, what: str = "reader") -> Iterator[Lease]:
         """Keep everything readable, whatever is removed, for as long as the context lasts.
 
         Args:
             what: What the holder is, for messages. It may say on the lease that it needs less.
+
+        Raises:
+            StorageError: The lease cannot be taken, or the catalog was moved away or replaced.
         """
-        return hold_lease(self.path, what)
+        with hold_lease(self.path, what) as lease:
+            # A rebuild lets nobody take a lease: one that waited for it has the old catalog open.
+            self._catalog.check_in_place()
+            yield lease
 
     # --- the tree
 

@@ -205,6 +205,8 @@ def _is_gone(content: int, open_content: Callable[[int], OpenContent]) -> bool:
         open_content(content)
     except NotFoundError:
         return True
+    except FragmentError:
+        return False  # it is there, and damaged: that is what the error tells
     return False
 
 

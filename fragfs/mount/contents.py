@@ -2,8 +2,9 @@
 
 All handles of a file share one record of its extents. Loaders that open a shard again for every
 tensor would load its extents again each time (6 ms for 28,000 of them, in the event loop), so
-contents that were closed are kept for a while. Any commit to the catalog ends that: a content that
-nobody has open and that was removed must not be opened again.
+contents that were closed are kept for a while. Any commit to the catalog ends that, also for those
+that are open then and closed later: a content that nobody has open and that was removed must not be
+opened again, since the lease pins what is gone only while it is open.
 
 Belongs to the event loop's thread.
 """
@@ -25,6 +26,7 @@ _CLOSED_EXTENTS_MAX = 1 << 18
 @dataclass(slots=True)
 class _Opened:
     content: OpenContent
+    version: int
     handle_count: int
 
 
@@ -69,8 +71,10 @@ class OpenContents:
         """
         opened = self._opened.get(number)
         if opened is None:
+            # Asked before the content is loaded: a version that is too old only keeps it shorter.
+            version = self._drop_outdated()
             content = self._take_closed(number) or self._load(number)
-            opened = self._opened[number] = _Opened(content, 0)
+            opened = self._opened[number] = _Opened(content, version, 0)
         opened.handle_count += 1
 
     def close(self, number: int) -> None:
@@ -79,14 +83,19 @@ class OpenContents:
         opened.handle_count -= 1
         if not opened.handle_count:
             del self._opened[number]
-            self._keep_closed(opened.content)
+            # What was loaded before the last commit may have been removed by it.
+            if opened.version == self._version:
+                self._keep_closed(opened.content)
 
-    def _take_closed(self, number: int) -> OpenContent | None:
+    def _drop_outdated(self) -> int:
         version = self._data_version()
         if version != self._version:
             self._version = version
             self._closed.clear()
             self._closed_extents = 0
+        return version
+
+    def _take_closed(self, number: int) -> OpenContent | None:
         content = self._closed.pop(number, None)
         if content is not None:
             self._closed_extents -= len(content.extents)

@@ -196,6 +196,15 @@ def test_nothing_is_rebuilt_while_somebody_may_be_reading(path):
     assert (path / "catalog.sqlite").read_bytes() == before
 
 
+def test_a_library_that_was_opened_before_a_rebuild_gets_no_lease_after_it(path):
+    with FragmentLibrary.open(path) as library:
+        FragmentLibrary.rebuild(path)
+        with pytest.raises(StorageError, match="replaced"), library.hold_lease():
+            pass
+    with FragmentLibrary.open(path) as library, library.hold_lease():
+        pass
+
+
 def test_there_must_be_packs(tmp_path):
     with pytest.raises(NotFoundError, match="no packs"):
         FragmentLibrary.rebuild(tmp_path)

@@ -11,6 +11,7 @@ from fragfs.library.add import AddOptions
 from fragfs.library.catalog import CATALOG_NAME, Catalog
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.stats import FragmentTable
+from tests.library.checks import write_catalog
 from tests.library.families import ORDER, make_library
 
 
@@ -166,6 +167,19 @@ def test_a_removed_file_may_be_needed_by_its_own_model(library, family, tmp_path
     report = library.remove("pair", [b"base.safetensors"])
     assert [name for name, _ in report.kept_for] == [b"pair"]
     assert report.kept_bytes > 100_000
+
+
+@pytest.mark.parametrize("name", ["base", "merge"])
+def test_damaged_extents_keep_no_model_from_being_removed(library, caplog, name):
+    entry = next(e for e in library.files("base") if e.path == b"model.safetensors")
+    write_catalog(
+        library.path, "UPDATE contents SET extents = x'00' WHERE number = ?", entry.content
+    )
+    report = library.remove(name)
+    assert name.encode() not in {model.name for model in library.models()}
+    assert report.file_count == 2
+    assert (report.unreferenced_bytes, report.kept_bytes, report.kept_for) == (0, 0, ())
+    assert "not known" in caplog.text
 
 
 def test_closures_are_counted_per_fragment(library):

@@ -7,10 +7,11 @@ import threading
 
 import pytest
 
+from fragfs.errors import FormatError
 from fragfs.library.add import AddOptions
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.verify import VerifyState
-from tests.library.checks import flip_fragment
+from tests.library.checks import flip_fragment, write_catalog
 from tests.library.families import ORDER, make_library
 from tests.models import make_model
 
@@ -98,6 +99,21 @@ def test_damage_is_told_for_each_file(tmp_path):
         bad = {r.model for r in library.verify(workers=3) if r.error}
         assert b"base" in bad
         assert len(bad) > 1
+
+
+def test_damaged_extents_do_not_keep_the_files_after_them_from_being_verified(tmp_path):
+    with FragmentLibrary.create(tmp_path / "lib") as library:
+        for seed, name in enumerate(("a", "b")):
+            library.add([make_model(tmp_path / name, seed, rows=20)], AddOptions())
+        entry = next(e for e in library.files("a") if e.path == b"model.safetensors")
+        write_catalog(
+            library.path, "UPDATE contents SET extents = x'00' WHERE number = ?", entry.content
+        )
+        results = list(library.verify())
+        assert len(results) == len(library.files("a")) + len(library.files("b"))
+        [bad] = [r for r in results if r.error]
+        assert (bad.model, bad.path) == (b"a", entry.path)
+        assert isinstance(bad.error, FormatError)
 
 
 # --- going on

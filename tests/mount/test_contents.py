@@ -54,6 +54,17 @@ def test_a_commit_ends_what_was_kept_of_closed_files(counted):
         counted.contents.open(number)
 
 
+def test_what_was_open_during_a_commit_is_not_kept_once_it_is_closed(counted):
+    number, other = counted.numbers[:2]
+    counted.contents.open(number)
+    counted.library.remove(b"m")
+    del counted.library.contents[number]
+    counted.contents.open(other)  # the commit is noticed
+    counted.contents.close(number)
+    with pytest.raises(NotFoundError):
+        counted.contents.open(number)
+
+
 def test_what_is_open_needs_no_catalog(counted):
     number = counted.numbers[0]
     counted.contents.open(number)
