@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -71,7 +71,8 @@ class _Found:
         header: What their headers agree on.
         packs: Every pack of the library.
         committed: The committed batches, fragments left out.
-        candidates: Records of committed batches by fragment, the newest first.
+        candidates: Records of committed batches by fragment, the newest first; then those that
+            damage has cut off from their trailer.
         record_count: All fragment records, also of batches that do not count.
     """
 
@@ -212,9 +213,17 @@ class Rebuilder:
                 candidates.setdefault(fragment, []).append(candidate)
         for records in candidates.values():
             records.reverse()
+        packs = [_pack_row(scan, ends.get(scan.number, PACK_HEADER.size)) for scan in scans]
+        for scan, pack in zip(scans, packs, strict=True):
+            # A fragment proves itself by its id: it need not be lost with its batch's trailer.
+            if scan.rest and pack.committed_size == pack.file_size:
+                fragments[scan.number, scan.size] = _candidates(scan, scan.rest)
+                for fragment, candidate in fragments[scan.number, scan.size]:
+                    doubted = replace(candidate, found_by_search=True)
+                    candidates.setdefault(fragment, []).append(doubted)
         return _Found(
             header,
-            tuple(_pack_row(scan, ends.get(scan.number, PACK_HEADER.size)) for scan in scans),
+            tuple(packs),
             committed,
             candidates,
             sum(map(len, fragments.values())),

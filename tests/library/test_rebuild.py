@@ -357,6 +357,19 @@ def test_a_damaged_trailer_hides_nothing_that_is_behind_it(opened):
         assert not failed(library)
 
 
+def test_the_last_trailer_of_a_sealed_pack_takes_no_fragment_along(packs):
+    with FragmentLibrary.open(packs) as library:
+        shown = everything(library)
+    sealed = packs_of(packs)[0]
+    flip(sealed, scan_of(sealed).batches[-1].end - 20)
+    lose_catalogs(packs)
+    assert any("may be missing" in note for note in FragmentLibrary.rebuild(packs).notes)
+    with FragmentLibrary.open(packs) as library:
+        assert everything(library) == shown
+        assert library.check(data=True).problems == ()
+        assert not failed(library)
+
+
 def test_what_is_behind_a_damaged_last_trailer_is_told_and_kept(opened):
     (pack,) = packs_of(opened)
     end = scan_of(pack).batches[-2].end
