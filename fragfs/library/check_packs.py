@@ -201,7 +201,8 @@ class PackChecker:
 
     def _is_behind_its_header(self, scan: PackScan) -> bool:
         """Whether what follows a damaged header is this pack: a fragment is where it should be."""
-        if not isinstance(scan.header_error, IntegrityError):
+        # A header is put before a copy of what follows: the disk must give all of that.
+        if not isinstance(scan.header_error, IntegrityError) or scan.disk_errors:
             return False
         records = {record.offset: record for record in scan.records()}
         return any(
@@ -307,10 +308,10 @@ class PackChecker:
                     f"the batch that ends at byte {batch.end} of pack {scan.number} is not whole"
                 )
         has_index = self._has_index(scan) and scan.size == committed
+        is_listable = self._is_listable(scan)
         if state == PackState.SEALED and not ends_early and not has_index:
             # Only where all is readable: no index is better than half of one.
-            behind = [gap for gap in scan.gaps if gap.start < scan.records_end]
-            if behind:
+            if not is_listable:
                 self._findings.notes.append(
                     f"pack {scan.number} has no index: a damaged record hides what an index lists"
                 )
@@ -318,8 +319,9 @@ class PackChecker:
                 self._findings.unindexed_packs.append(scan.number)
                 self._findings.mend(f"the index of pack {scan.number} is missing or damaged")
         for gap in scan.gaps:
-            if gap.start >= scan.records_end and state == PackState.SEALED:
-                continue  # the index
+            is_index = gap.start >= scan.records_end and is_listable
+            if is_index and state == PackState.SEALED:
+                continue
             self._findings.notes.append(
                 f"bytes {gap.start} to {gap.end} of pack {scan.number} hold no readable record"
             )
@@ -334,6 +336,18 @@ class PackChecker:
                 f"records of pack {scan.number} from byte {scan.rest[0].offset} on are committed"
                 " without a trailer"
             )
+
+    def _is_listable(self, scan: PackScan) -> bool:
+        """Whether all records are readable, so that what follows them can only be an index."""
+        return (
+            not scan.rest
+            and all(gap.start >= scan.records_end for gap in scan.gaps)
+            and all(offset >= scan.records_end for offset in scan.disk_errors)
+            and all(
+                metadata.offset + metadata.record_size <= scan.records_end
+                for metadata in self._fragments(scan.number)
+            )
+        )
 
     def _is_cut_in_index(self, scan: PackScan, committed: int) -> bool:
         """Whether all that is missing of a pack is a part of its index."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -71,7 +71,8 @@ class _Found:
         header: What their headers agree on.
         packs: Every pack of the library.
         committed: The committed batches, fragments left out.
-        candidates: Records of committed batches by fragment, the newest first.
+        candidates: Records of committed batches by fragment, the newest first; then those that
+            damage has cut off from their trailer.
         record_count: All fragment records, also of batches that do not count.
     """
 
@@ -202,6 +203,8 @@ class Rebuilder:
         committed = history.committed(read_intents(self._files, self._staging))
         for first, last in committed.missing:
             self._tell_missing(first, last)
+        for scan in scans:
+            self._tell_unexplained(scan)
         candidates: dict[FragmentId, list[Candidate]] = {}
         ends: dict[int, int] = {}
         for batch in committed.batches:
@@ -210,18 +213,17 @@ class Rebuilder:
                 candidates.setdefault(fragment, []).append(candidate)
         for records in candidates.values():
             records.reverse()
+        packs = [_pack_row(scan, ends.get(scan.number, PACK_HEADER.size)) for scan in scans]
+        for scan, pack in zip(scans, packs, strict=True):
+            # A fragment proves itself by its id: it need not be lost with its batch's trailer.
+            if scan.rest and pack.committed_size == pack.file_size:
+                fragments[scan.number, scan.size] = _candidates(scan, scan.rest)
+                for fragment, candidate in fragments[scan.number, scan.size]:
+                    doubted = replace(candidate, found_by_search=True)
+                    candidates.setdefault(fragment, []).append(doubted)
         return _Found(
             header,
-            tuple(
-                PackRow(
-                    s.number,
-                    ends.get(s.number, PACK_HEADER.size),
-                    s.size,
-                    s.index is not None,
-                    s.header is not None,
-                )
-                for s in scans
-            ),
+            tuple(packs),
             committed,
             candidates,
             sum(map(len, fragments.values())),
@@ -232,6 +234,21 @@ class Rebuilder:
             f"the batches of generation {first} to {last} are in no pack: what they added or"
             " removed is not known"
         )
+
+    def _tell_unexplained(self, scan: PackScan) -> None:
+        """Say what may have been a committed batch: its trailer, or its beginning, is damaged."""
+        missing = "what they added or removed may be missing"
+        if scan.rest:
+            self._notes.append(
+                f"{len(scan.rest)} records of pack {scan.number} from byte {scan.rest[0].offset} on"
+                f" are followed by no readable trailer: {missing}"
+            )
+        if scan.strays:
+            self._notes.append(
+                f"{len(scan.strays)} trailers of pack {scan.number} from byte {scan.strays[0]} on"
+                " are part of stored files, or end batches whose beginning is damaged:"
+                f" {missing}"
+            )
 
     def _agreed_header(self, numbers: dict[int, Path], formers: list[FormerCatalog]) -> PackHeader:
         """Identity and settings of the library, as most packs have them."""
@@ -312,12 +329,28 @@ def _read_header(files: Files, path: Path) -> PackHeader | None:
     descriptor = files.open_read(path)
     try:
         return parse_pack_header(files.read_at(descriptor, PACK_HEADER.size, 0), str(path))
-    except StorageError:
-        raise
-    except FragmentError:
+    except FragmentError as error:
+        if isinstance(error, StorageError) and error.retryable:
+            raise
         return None
     finally:
         files.close(descriptor)
+
+
+def _pack_row(scan: PackScan, committed_size: int) -> PackRow:
+    """What the new catalog says of a pack whose last committed batch ends at `committed_size`."""
+    is_damaged = any(gap.start >= committed_size for gap in scan.gaps)
+    if (scan.rest and is_damaged) or scan.strays:
+        # What is behind may count, and be readable one day: all of the pack is kept and checked.
+        committed_size = scan.size
+    return PackRow(
+        scan.number,
+        committed_size,
+        scan.size,
+        scan.index is not None,
+        scan.header is not None,
+        not scan.gaps,
+    )
 
 
 def _candidates(

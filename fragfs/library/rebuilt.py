@@ -38,10 +38,11 @@ class PackRow:
 
     Attributes:
         number: Its number.
-        committed_size: Where the last committed batch in it ends.
+        committed_size: Where the last committed batch in it ends, or what else is to be kept.
         file_size: Its bytes.
         has_index: Whether it is complete, with an index.
         has_header: Whether it has a header that readers accept.
+        is_readable: Whether all its records are readable: nothing is written behind damage.
     """
 
     number: int
@@ -49,6 +50,7 @@ class PackRow:
     file_size: int
     has_index: bool
     has_header: bool
+    is_readable: bool
 
 
 @dataclass(slots=True)
@@ -219,7 +221,7 @@ class RebuiltCatalog:
                 rows.append((pack.number, pack.file_size, pack.file_size, PackState.SEALED))
                 continue
             is_whole = pack.has_header and pack.committed_size == pack.file_size
-            is_open = is_whole and pack.number == last
+            is_open = is_whole and pack.is_readable and pack.number == last
             state = PackState.OPEN if is_open else PackState.ABANDONED
             rows.append((pack.number, pack.committed_size, pack.file_size, state))
         known = max((former.pack_max for former in self.formers), default=0)

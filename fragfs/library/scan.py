@@ -7,13 +7,13 @@ found by its looks may be part of a stored file; it is marked as `found_by_searc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xxhash
 
-from fragfs.errors import FormatError, FragmentError, IntegrityError
+from fragfs.errors import FormatError, FragmentError, IntegrityError, StorageError
 from fragfs.library.files import Files
 from fragfs.library.progress import Progress
 from fragfs.library.records import (
@@ -42,6 +42,7 @@ __all__ = ["TRAILER_SIZE", "FoundBatch", "FoundRecord", "Gap", "PackScan", "scan
 
 _CHUNK_BYTES = 4 << 20
 _HEADER_GUESS = 512
+_PAGE_BYTES = 4096
 TRAILER_SIZE = RECORD_HEADER.size + BATCH_TRAILER.size + 8
 """Bytes of a batch trailer's record."""
 _KEPT_PAYLOADS = (RecordKind.MANIFEST, RecordKind.REMOVAL, RecordKind.RETIREMENT)
@@ -121,7 +122,10 @@ class PackScan:
         header_error: What is wrong with the header.
         batches: Batches with a trailer, by offset.
         rest: Records behind the last trailer.
+        strays: Where trailers were found that end no known batch: parts of stored files, or
+            trailers of batches whose beginning cannot be told.
         gaps: Where nothing can be read.
+        disk_errors: Where records start of which the disk did not give all bytes.
         index: The entries of the index that the footer points to; None if there is no good one.
         records_end: Where the last record that is no index ends.
     """
@@ -133,7 +137,9 @@ class PackScan:
     header_error: FragmentError | None = None
     batches: list[FoundBatch] = field(default_factory=list)
     rest: list[FoundRecord] = field(default_factory=list)
+    strays: list[int] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    disk_errors: list[int] = field(default_factory=list)
     index: list[IndexEntry] | None = None
     records_end: int = PACK_HEADER.size
 
@@ -157,7 +163,8 @@ def scan_pack(
         progress: Told about bytes read.
 
     Raises:
-        StorageError: It cannot be opened, or the disk failed.
+        StorageError: It cannot be opened, or an error that may pass. Where the disk gives no bytes
+            for good, that part is damage like any other.
     """
     size = files.size(path)
     scan = PackScan(number, path, size)
@@ -168,6 +175,7 @@ def scan_pack(
                 files.read_at(descriptor, PACK_HEADER.size, 0), str(path)
             )
         except FragmentError as error:
+            _raise_if_it_may_pass(error)
             scan.header_error = error
         scan.index = _read_index(files, descriptor, size, number)
         stop = size if end is None else min(end, size)
@@ -177,17 +185,26 @@ def scan_pack(
     return scan
 
 
+def _raise_if_it_may_pass(error: FragmentError) -> None:
+    """An error that may pass, as too many open files, must not look like damage."""
+    if isinstance(error, StorageError) and error.retryable:
+        raise error
+
+
 def _read_index(files: Files, descriptor: int, size: int, number: int) -> list[IndexEntry] | None:
-    footer = files.read_at(descriptor, PACK_FOOTER.size, max(0, size - PACK_FOOTER.size))
-    if len(footer) < PACK_FOOTER.size:
-        return None
-    offset, magic = PACK_FOOTER.unpack(footer)
-    if magic != FOOTER_MAGIC or not PACK_HEADER.size <= offset < size - PACK_FOOTER.size:
-        return None
-    data = files.read_at(descriptor, size - PACK_FOOTER.size - offset, offset)
     try:
+        footer = files.read_at(descriptor, PACK_FOOTER.size, max(0, size - PACK_FOOTER.size))
+        if len(footer) < PACK_FOOTER.size:
+            return None
+        offset, magic = PACK_FOOTER.unpack(footer)
+        if magic != FOOTER_MAGIC or not PACK_HEADER.size <= offset < size - PACK_FOOTER.size:
+            return None
+        data = files.read_at(descriptor, size - PACK_FOOTER.size - offset, offset)
         return parse_index(data, f"pack {number} at offset {offset}")
-    except (FragmentError, ValueError):
+    except FragmentError as error:
+        _raise_if_it_may_pass(error)
+        return None
+    except ValueError:
         return None
 
 
@@ -215,6 +232,9 @@ class _Walk:
             try:
                 record = self._read(offset, found_by_search=by_search)
             except FragmentError as error:
+                _raise_if_it_may_pass(error)
+                if isinstance(error, StorageError):
+                    scan.disk_errors.append(offset)
                 following, by_search = self._next_start(offset + 1)
                 scan.gaps.append(Gap(offset, following, error.message))
                 self._gap_count += 1
@@ -235,7 +255,11 @@ class _Walk:
     def _is_footer(self, offset: int) -> bool:
         if offset + PACK_FOOTER.size != self._stop:
             return False
-        footer = self._files.read_at(self._descriptor, PACK_FOOTER.size, offset)
+        try:
+            footer = self._files.read_at(self._descriptor, PACK_FOOTER.size, offset)
+        except StorageError as error:
+            _raise_if_it_may_pass(error)
+            return False
         return footer[-len(FOOTER_MAGIC) :] == FOOTER_MAGIC
 
     def _read(self, offset: int, *, found_by_search: bool) -> FoundRecord:
@@ -245,15 +269,11 @@ class _Walk:
             FragmentError: There is none that can be read.
         """
         where = f"pack {self._scan.number} at offset {offset}"
-        data = self._files.read_at(
-            self._descriptor, min(_HEADER_GUESS, self._stop - offset), offset
-        )
+        data = self._read_some(_HEADER_GUESS, offset)
         if len(data) >= RECORD_HEADER.size:
             header_size = int(RECORD_HEADER.unpack(data)[3])
             if len(data) < header_size <= RECORD_HEADER_BYTES_MAX:
-                data = self._files.read_at(
-                    self._descriptor, min(header_size, self._stop - offset), offset
-                )
+                data = self._read_some(header_size, offset)
         header = parse_record_header(data, where)
         if offset + header.record_size > self._stop:
             raise IntegrityError(f"a record is cut off in {where}")
@@ -261,46 +281,79 @@ class _Walk:
             raise FormatError(f"a batch trailer is too short in {where}")
         if header.kind is RecordKind.FRAGMENT and not _is_fragment(header, data):
             raise FormatError(f"a fragment's header is none that fragfs writes in {where}")
+        intact, payload = self._read_payload(offset, header, where)
+        data = data[: header.header_size]
+        return FoundRecord(offset, header, data, intact, payload, found_by_search)
+
+    def _read_payload(self, offset: int, header: RecordHeader, where: str) -> tuple[bool, bytes]:
+        """Whether a record's payload is intact, and the payload if it is one to keep."""
         keep = header.kind in _KEPT_PAYLOADS
         digest = xxhash.xxh3_64()
         parts = []
         position, left = offset + header.header_size, header.payload_size
         while left:
-            part = self._files.read_at(self._descriptor, min(left, _CHUNK_BYTES), position)
+            try:
+                part = self._files.read_at(self._descriptor, min(left, _CHUNK_BYTES), position)
+            except StorageError as error:
+                # The header tells where the next record is: only this one is lost.
+                _raise_if_it_may_pass(error)
+                self._scan.disk_errors.append(offset)
+                return False, b""
             if not part:
                 raise IntegrityError(f"a record is cut off in {where}")
             digest.update(part)
             position, left = position + len(part), left - len(part)
             if keep:
                 parts.append(part)
-        return FoundRecord(
-            offset,
-            header,
-            data[: header.header_size],
-            digest.intdigest() == header.payload_checksum,
-            b"".join(parts),
-            found_by_search,
-        )
+        return digest.intdigest() == header.payload_checksum, b"".join(parts)
+
+    def _read_some(self, size: int, offset: int) -> bytes:
+        """Bytes at an offset, up to the first page that the disk does not give.
+
+        Raises:
+            StorageError: It does not give the first one, or the error may pass.
+        """
+        size = min(size, self._stop - offset)
+        try:
+            return self._files.read_at(self._descriptor, size, offset)
+        except StorageError as error:
+            _raise_if_it_may_pass(error)
+        data = b""
+        while len(data) < size:
+            at = offset + len(data)
+            try:
+                part = self._files.read_at(
+                    self._descriptor, min(size - len(data), _PAGE_BYTES - at % _PAGE_BYTES), at
+                )
+            except StorageError as error:
+                _raise_if_it_may_pass(error)
+                if not data:
+                    raise
+                break
+            if not part:
+                break
+            data += part
+        return data
 
     def _close_batch(self, record: FoundRecord) -> bool:
         """End a batch; whether this trailer is certain to be the one that ends it."""
         trailer = parse_batch_trailer(record.data)
         is_ours = trailer.batch_offset == self._batch_start
-        if record.found_by_search and not is_ours:
-            return False  # may be part of a stored file
         records = tuple(self._scan.rest)
-        headers = xxhash.xxh3_64()
-        for found in records:
-            headers.update(found.header.header_checksum.to_bytes(8, "little"))
+        if record.found_by_search and not is_ours:
+            # The trailer before may be damaged: then what it ended is found in front of this batch.
+            first = next((n for n, r in enumerate(records) if r.offset == trailer.batch_offset), -1)
+            if first < 0 or not _is_for(trailer, records[first:]):
+                self._scan.strays.append(record.offset)
+                return False  # may be part of a stored file
+            proven = tuple(replace(found, found_by_search=False) for found in records[first:])
+            records = records[:first] + proven
         self._scan.batches.append(
             FoundBatch(
                 self._scan.number,
                 trailer,
                 records,
-                whole=is_ours
-                and not self._gap_count
-                and trailer.record_count == len(records)
-                and trailer.records_checksum == headers.intdigest(),
+                whole=is_ours and not self._gap_count and _is_for(trailer, records),
                 counted=is_ours and trailer.record_count == len(records) + self._gap_count,
                 end=record.end,
             )
@@ -318,10 +371,13 @@ class _Walk:
         if self._starts:
             return self._stop, False
         while offset < self._stop:
-            data = self._files.read_at(
-                self._descriptor, min(_CHUNK_BYTES, self._stop - offset), offset
-            )
-            if len(data) < RECORD_HEADER.size:
+            try:
+                data = self._read_some(_CHUNK_BYTES, offset)
+            except StorageError as error:
+                _raise_if_it_may_pass(error)
+                offset += _PAGE_BYTES - offset % _PAGE_BYTES
+                continue
+            if not data:
                 break
             at = data.find(RECORD_MAGIC)
             while at >= 0:
@@ -333,13 +389,20 @@ class _Walk:
         return self._stop, True
 
     def _looks_like_a_record(self, offset: int) -> bool:
-        data = self._files.read_at(
-            self._descriptor, min(RECORD_HEADER_BYTES_MAX, self._stop - offset), offset
-        )
         try:
+            data = self._read_some(RECORD_HEADER_BYTES_MAX, offset)
             return offset + parse_record_header(data, "").record_size <= self._stop
-        except FragmentError:
+        except FragmentError as error:
+            _raise_if_it_may_pass(error)
             return False
+
+
+def _is_for(trailer: BatchTrailer, records: Sequence[FoundRecord]) -> bool:
+    """Whether these are exactly the records that a trailer was written for."""
+    headers = xxhash.xxh3_64()
+    for found in records:
+        headers.update(found.header.header_checksum.to_bytes(8, "little"))
+    return trailer.record_count == len(records) and trailer.records_checksum == headers.intdigest()
 
 
 def _is_fragment(header: RecordHeader, data: bytes) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
 from pathlib import Path
 
+from fragfs.library.files import OsFiles, storage_error
 from fragfs.library.findings import CheckReport, ProblemKind
 from fragfs.library.library import FragmentLibrary
+from fragfs.library.progress import NO_PROGRESS
+from fragfs.library.scan import PackScan, scan_pack
 
 
 def pack_path(library: Path, number: int) -> Path:
@@ -17,6 +21,26 @@ def pack_path(library: Path, number: int) -> Path:
 
 def packs_of(library: Path) -> list[Path]:
     return sorted((library / "packs").iterdir())
+
+
+def scan_of(pack: Path) -> PackScan:
+    return scan_pack(OsFiles(), pack, int(pack.stem), None, NO_PROGRESS)
+
+
+class BadPage(OsFiles):
+    """A disk that does not give one page of a file."""
+
+    def __init__(self, path: Path, offset: int, error: int = errno.EIO) -> None:
+        self._path = str(path)
+        self._page = offset // 4096
+        self._error = error
+
+    def read_at(self, descriptor: int, size: int, offset: int) -> bytes:
+        """See `Files`."""
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path == self._path and offset // 4096 <= self._page <= (offset + size - 1) // 4096:
+            raise storage_error(OSError(self._error, "bad page", path), f"cannot read {path}")
+        return super().read_at(descriptor, size, offset)
 
 
 def flip(path: Path, offset: int, bits: int = 0x10) -> None:

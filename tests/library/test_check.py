@@ -14,6 +14,7 @@ from fragfs.library.extents import ExtentMap
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.lock import writer_lock
 from fragfs.library.records import PACK_FOOTER
+from fragfs.library.scan import TRAILER_SIZE
 from fragfs.types import LibraryConfig
 from tests.library.checks import (
     back_up_catalog,
@@ -26,6 +27,7 @@ from tests.library.checks import (
     packs_of,
     put_back_catalog,
     rows,
+    scan_of,
     write_catalog,
 )
 from tests.library.families import make_library
@@ -293,6 +295,24 @@ def test_a_missing_index_is_made_again_without_a_change_to_other_bytes(packs):
         assert "pack 1 has its index again" in report.repaired
         assert victim.read_bytes() == good
     assert check(packs, data=True).notes == ()
+
+
+@pytest.mark.parametrize("first", ["trailer", "record"])
+def test_no_damaged_end_is_taken_for_an_index(packs, first):
+    """A new index would be put over the last trailer, or over the last records."""
+    pack = packs_of(packs)[0]
+    batch = scan_of(pack).batches[-1]
+    start = batch.end - TRAILER_SIZE if first == "trailer" else batch.records[-1].offset
+    data = pack.read_bytes()
+    pack.write_bytes(data[:start] + bytes(len(data) - start))
+    damaged = pack.read_bytes()
+    report = check(packs, repair=True)
+    assert pack.read_bytes() == damaged
+    assert set(kinds(report)) <= {"lost"}
+    assert any("pack 1 hold no readable record" in note for note in report.notes)
+    with FragmentLibrary.open(packs) as library:
+        assert lost_files(report) == failed(library)
+        assert bool(failed(library)) == (first == "record")
 
 
 def test_a_repair_of_an_index_goes_on_after_it_was_interrupted(packs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from fragfs.library.library import FragmentLibrary
 from fragfs.library.records import PACK_FOOTER
 from fragfs.types import LibraryConfig
 from tests.library.checks import (
+    BadPage,
     back_up_catalog,
     everything,
     failed,
@@ -23,6 +25,7 @@ from tests.library.checks import (
     packs_of,
     put_back_catalog,
     rows,
+    scan_of,
     write_catalog,
 )
 from tests.library.families import make_library
@@ -331,6 +334,84 @@ def test_an_index_leads_past_damage_and_a_search_where_there_is_none(packs):
         with FragmentLibrary.open(packs) as library:
             assert everything(library) == shown
             assert failed(library) == lost
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """A library with one open pack: three models, of which the first was removed."""
+    with FragmentLibrary.create(tmp_path / "open", SMALL) as library:
+        for seed in range(3):
+            library.add([make_model(tmp_path / f"m{seed}", seed, rows=60)], AddOptions())
+        library.remove("m0")
+    return tmp_path / "open"
+
+
+def test_a_damaged_trailer_hides_nothing_that_is_behind_it(opened):
+    with FragmentLibrary.open(opened) as library:
+        shown = everything(library)
+    (pack,) = packs_of(opened)
+    # Of the batch with the manifest of m1.
+    flip(pack, scan_of(pack).batches[3].end - 20)
+    with FragmentLibrary.open(opened) as library:
+        assert library.check(repair=True).problems == ()
+    lose_catalogs(opened)
+    assert any("generation 4 to 4" in note for note in FragmentLibrary.rebuild(opened).notes)
+    with FragmentLibrary.open(opened) as library:
+        assert everything(library) == shown
+        report = library.check(data=True)
+        assert report.problems == ()
+        assert any("no readable record" in note for note in report.notes)
+        library.collect(grace_s=0)
+        assert pack.exists()
+        assert not failed(library)
+
+
+def test_the_last_trailer_of_a_sealed_pack_takes_no_fragment_along(packs):
+    with FragmentLibrary.open(packs) as library:
+        shown = everything(library)
+    sealed = packs_of(packs)[0]
+    flip(sealed, scan_of(sealed).batches[-1].end - 20)
+    lose_catalogs(packs)
+    assert any("may be missing" in note for note in FragmentLibrary.rebuild(packs).notes)
+    with FragmentLibrary.open(packs) as library:
+        assert everything(library) == shown
+        assert library.check(data=True).problems == ()
+        assert not failed(library)
+
+
+def test_what_is_behind_a_damaged_last_trailer_is_told_and_kept(opened):
+    (pack,) = packs_of(opened)
+    end = scan_of(pack).batches[-2].end
+    flip(pack, pack.stat().st_size - 20)
+    lose_catalogs(opened)
+    notes = FragmentLibrary.rebuild(opened).notes
+    assert any(f"from byte {end} on" in note and "may be missing" in note for note in notes)
+    with FragmentLibrary.open(opened) as library:
+        assert any("no readable record" in note for note in library.check(data=True).notes)
+        for model in library.models():
+            library.remove(model.name)
+        library.collect(grace_s=0)
+    assert pack.exists()
+
+
+@pytest.mark.parametrize("at", [0, 4096])
+def test_a_page_that_the_disk_does_not_give_costs_what_is_in_it(opened, at):
+    (pack,) = packs_of(opened)
+    with FragmentLibrary.open(opened) as library:
+        shown = everything(library)
+        meta = max(map(library.fragment, range(10, 14)), key=lambda meta: meta.record_size)
+    files = BadPage(pack, meta.offset + at)
+    with FragmentLibrary.open(opened, files=files) as library:
+        lost = failed(library)
+        assert lost_files(library.check(data=True)) == lost
+        assert lost_files(library.check(repair=True)) == lost
+    lose_catalogs(opened)
+    FragmentLibrary.rebuild(opened, files=files)
+    with FragmentLibrary.open(opened, files=files) as library:
+        assert everything(library) == shown
+        assert failed(library) == lost
+    with pytest.raises(StorageError, match="open files"):
+        FragmentLibrary.rebuild(opened, files=BadPage(pack, meta.offset + at, errno.EMFILE))
 
 
 def test_a_record_inside_a_stored_file_deceives_nobody(tmp_path):
