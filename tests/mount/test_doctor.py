@@ -15,6 +15,7 @@ from fragfs.mount.findings import Severity
 from fragfs.mount.live import live_mounts, named_mount
 from fragfs.mount.probe import MountAnswer, MountState, ask_mount, ask_mounts
 from fragfs.mount.table import MountEntry, find_mount
+from fragfs.types import LIBRARY_FORMAT_VERSION
 from tests.mount.support import is_alive, make_library, run_reader, wait_until
 
 mounted = [pytest.mark.mount, pytest.mark.slow]
@@ -104,7 +105,7 @@ def test_a_mount_from_its_birth_to_its_death(mounts, library_path, tmp_path):
     assert f"process {report.pid}" in found["answers"].text
     assert str(library_path) in found["library"].text
     assert str(report.cache_directory) in found["cache"].text
-    assert diagnosis.mounts[0].library_format == 2
+    assert diagnosis.mounts[0].library_format == LIBRARY_FORMAT_VERSION
 
     (live,) = live_mounts(library_path, 5)
     assert live == named_mount(library_path, place, 10)

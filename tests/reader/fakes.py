@@ -11,6 +11,7 @@ from fragfs.cache.layered import LayeredFragmentCache
 from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.errors import NotFoundError
 from fragfs.library.extents import ExtentMap, ExtentMapBuilder, OpenContent
+from fragfs.library.lease import Lease
 from fragfs.library.tree import Directory, File
 from fragfs.types import ModelInfo, SpanKind
 
@@ -67,8 +68,17 @@ class FakeLibrary:
     def __exit__(self, *_):
         self.close()
 
-    def hold_lease(self):
-        return nullcontext()
+    def hold_lease(self, what):
+        return nullcontext(Lease(None, what))
+
+    def generation(self):
+        return self._version
+
+    def has_content(self, number):
+        return number in self.contents
+
+    def close_removed_packs(self):
+        pass
 
     def close(self):
         pass
