@@ -14,6 +14,7 @@ TORCH  ?= torch==2.13.0
 CODE   := fragfs tests tools
 FAMILY ?= build/family
 MINUTES ?= 3
+SOAK   ?=
 
 # The first interpreter that is new enough; PYTHON=... on the command line overrides the search.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
@@ -43,10 +44,12 @@ demo: $(READY) ## see it work: a real model family, added, mounted, read back an
 	@$(BIN)/python -m tools.demo $(ARGS)
 
 # Mounts share /dev/fuse, the mount table and this machine's two cores: one after the other.
-test: $(READY) ## run the whole suite
-	@status=0; \
+test: $(READY) ## run the whole suite; with SOAK=3, so many minutes of soak beside the second half
+	@status=0; soak=; \
 	$(PYTEST) -m mount $(ARGS) || status=$$?; \
+	if [ -n "$(SOAK)" ]; then $(BIN)/python -m tools.soak --minutes $(SOAK) & soak=$$!; fi; \
 	$(PYTEST) -n $(JOBS) -m "not mount" $(ARGS) || status=$$?; \
+	if [ -n "$$soak" ]; then wait $$soak || status=$$?; fi; \
 	exit $$status
 
 test-fast: $(READY) ## run what needs no mount and is quick

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -12,6 +13,11 @@ settings.register_profile(
     "deep", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
+
+
+# Started in the background, this process ignores Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():
