@@ -84,7 +84,7 @@ def test_a_command_that_is_refused_can_be_repeated(name, once, place, scratch):
     allowed = [before, *command.after(before, place / "sources")]
     refused: Counter[int] = Counter()
     # Short commands are refused everywhere; in long ones the same operations come again and again.
-    step = 1 if name.startswith(("rm", "mv")) else 11 if once else 5
+    step = 1 if name.startswith(("rm", "mv")) else 11 if once else 2
     count = 0
     while True:
         # Each operation meets one of the errors; what only reads is refused by a broken disk.
