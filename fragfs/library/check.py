@@ -156,10 +156,6 @@ class Checker:
         else:
             if text != "ok":
                 findings.stale_snapshot = f"it is damaged: {text}"
-            elif version < LIBRARY_FORMAT_VERSION:
-                findings.stale_snapshot = (
-                    f"it has format {version}, as before the library's migration"
-                )
             elif uuid != self._uuid:
                 findings.stale_snapshot = "it is of another library"
             elif snapshot_generation > self._catalog.generation()[0]:
@@ -172,6 +168,13 @@ class Checker:
                     f"{path} is of generation {snapshot_generation}, the catalog of {generation};"
                     " the next change brings it up to date"
                 )
+            elif version < LIBRARY_FORMAT_VERSION:
+                findings.stale_snapshot = f"it has format {version}"
+                findings.notes.append(
+                    f"{path} has format {version}, as before the migration: other users"
+                    " cannot read the library until the next change, or a repair"
+                )
+                return
         if findings.stale_snapshot:
             findings.mend(f"{path} is of no use to other users: {findings.stale_snapshot}")
 

@@ -184,7 +184,8 @@ def hold_lease(directory: Path, what: str, *, required: bool = False) -> Iterato
         raise StorageError(
             f"cannot open {directory / LEASES_NAME / _SHARED_NAME}",
             path=str(directory),
-            remedy="check the owner and the permissions, and the limit on open files (ulimit -n)",
+            remedy="check the owner and the permissions, or raise the limit on open files"
+            " (ulimit -n)",
         )
     own: tuple[int, Path] | None = None
     try:
