@@ -252,27 +252,6 @@ def test_an_error_in_a_log_is_seen(tmp_path):
 @pytest.mark.slow
 @pytest.mark.mount
 @needs_fuse
-def test_a_short_soak_passes(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tools.soak", "--minutes", "0.15", "--seed", "1"),
-            *("--directory", tmp_path / "soak"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("PASS\n")
-    assert not (tmp_path / "soak").exists()
-    assert processes.marked(os.fspath(tmp_path / "soak")) == []
-
-
-@pytest.mark.slow
-@pytest.mark.mount
-@needs_fuse
 def test_a_soak_sees_damage(tmp_path):
     """Bytes of packs change while it runs."""
     soak = Soak(tmp_path, 2)
