@@ -82,7 +82,7 @@ class Checker:
             data: Whether to decode.
 
         Raises:
-            StorageError: Something cannot be looked at for now (retryable).
+            StorageError: Something cannot be looked at (retryable: try again).
         """
         findings = Findings()
         if not check_database(self._catalog, findings):

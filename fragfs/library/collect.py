@@ -177,7 +177,7 @@ class Collector:
             self._writer.shrink_catalog()
         except StorageError as error:
             # It takes as much free space as the catalog has bytes; nothing else depends on it.
-            log.warning("the catalog keeps its size for now: %s", error)
+            log.warning("the catalog keeps its size: %s", error)
         kept_packs = self._compactor.run(progress)
         return self._report(
             marks,

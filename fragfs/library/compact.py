@@ -10,8 +10,7 @@ there: it looks the place up again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from fragfs.library.records import (
     parse_fragment_record,
     parse_retirement,
 )
+from fragfs.library.writer import LibraryWriter
 from fragfs.types import FragmentId, FragmentMetadata
 
 __all__ = ["Compactor"]
@@ -72,12 +72,11 @@ class Compactor:
     """Copies what counts out of packs with much that does not, and removes them.
 
     Args:
-        files: How to read and unlink.
+        files: How to read.
         directory: The library's directory.
         catalog: Its catalog.
         packs: Reads its packs.
-        start_batch: Takes the writer lock and begins a batch.
-        publish_snapshot: Brings the copy for readers without write access up to date.
+        writer: Begins batches, publishes the snapshot, and removes packs.
     """
 
     def __init__(
@@ -86,15 +85,13 @@ class Compactor:
         directory: Path,
         catalog: Catalog,
         packs: PackReader,
-        start_batch: Callable[[], AbstractContextManager[Batch]],
-        publish_snapshot: Callable[[], None],
+        writer: LibraryWriter,
     ) -> None:
         self._files = files
         self._directory = directory / PACKS_NAME
         self._catalog = catalog
         self._packs = packs
-        self._start_batch = start_batch
-        self._publish_snapshot = publish_snapshot
+        self._writer = writer
 
     def run(self, progress: Progress = NO_PROGRESS) -> tuple[tuple[int, str], ...]:
         """Compact every pack that pays, one commit each.
@@ -113,7 +110,7 @@ class Compactor:
         for number in candidates:
             progress.advance(live.get(number, 0))
             # Under the lock from the first look on: what others write into the pack must be seen.
-            with self._start_batch() as batch:
+            with self._writer.batch() as batch:
                 try:
                     contents = self._contents(number)
                     if not self._is_wasteful(number, contents):
@@ -128,14 +125,15 @@ class Compactor:
                 self._copy(batch, number, contents)
                 batch.commit()
         # Only what the snapshot will not name: others may retire more before it is looked at again.
-        retired = self._retired()
+        retired = self._writer.retired_packs()
         try:
-            self._publish_snapshot()
+            self._writer.publish_snapshot()
         except StorageError as error:
             # Readers of the old copy would miss the packs: the next run removes them.
-            log.warning("retired packs stay for now: %s", error)
+            log.warning("replaced packs stay until the next gc: %s", error)
         else:
-            self._remove(retired)
+            self._writer.remove_packs(retired)
+            self._packs.drop_descriptors()
         return tuple(kept)
 
     def pack_bytes(self) -> int:
@@ -270,21 +268,3 @@ class Compactor:
             else:
                 batch.append_plain(RecordKind.REMOVAL, name)
         batch.append_plain(RecordKind.RETIREMENT, pack_retirement(contents.batches))
-
-    def _retired(self) -> list[int]:
-        """Numbers of retired packs whose files are there."""
-        there = set(self._files.names(self._directory))
-        return [
-            number
-            for (number,) in self._catalog.rows(
-                "SELECT number FROM packs WHERE state = ?", (PackState.RETIRED,)
-            )
-            if pack_name(number) in there
-        ]
-
-    def _remove(self, retired: Sequence[int]) -> None:
-        """Remove the files of retired packs; descriptors that readers hold stay good."""
-        for number in retired:
-            self._files.unlink(self._directory / pack_name(number))
-        self._files.sync_directory(self._directory)
-        self._packs.drop_descriptors()

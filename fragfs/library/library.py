@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fragfs.errors import FormatError, FragmentError, StorageError
+from fragfs.errors import FormatError, FragmentError
 from fragfs.library.batch import Batch
 from fragfs.library.files import Files, OsFiles
 from fragfs.library.lease import hold_lease
@@ -79,7 +79,7 @@ class FragmentLibrary(LibraryReader):
             self._files, self.path, self._catalog, self.uuid, self.config, lock_timeout_s
         )
         if self._catalog.was_migrated:
-            self._publish_snapshot()  # the old one is of no use to other users any more
+            self._writer.renew_snapshot()  # the old one is of no use to other users any more
 
     @classmethod
     def create(
@@ -173,7 +173,7 @@ class FragmentLibrary(LibraryReader):
         files = files or OsFiles()
         report = Rebuilder(files, Path(path), lock_timeout_s, now_ns, progress).run()
         with cls(path, files=files, lock_timeout_s=lock_timeout_s) as library:
-            library._publish_snapshot()
+            library._writer.renew_snapshot()
         return report
 
     # --- changes
@@ -218,14 +218,7 @@ class FragmentLibrary(LibraryReader):
             return report
         finally:
             if self._catalog.generation() != before:
-                self._publish_snapshot()
-
-    def _publish_snapshot(self) -> None:
-        """Bring the read-only copy up to date; the change itself is committed already."""
-        try:
-            self._writer.publish_snapshot()
-        except StorageError as error:
-            log.warning("other users see an older state of the library for now: %s", error)
+                self._writer.renew_snapshot()
 
     def _open_ingester(self, workers: int, progress: Progress) -> Ingester:
         from fragfs.library.ingest import Ingester
@@ -266,7 +259,7 @@ class FragmentLibrary(LibraryReader):
             else:
                 removed = entries
                 publish_removal(batch, self._catalog, raw, self._now_ns())
-        self._publish_snapshot()
+        self._writer.renew_snapshot()
         unreferenced_bytes, kept_bytes, kept_for = _count_removed(fragments, removed)
         return RemoveReport(
             model=raw,
@@ -297,7 +290,7 @@ class FragmentLibrary(LibraryReader):
         model = self.model(old)
         with self._writer.batch() as batch:
             publish_move(batch, self._catalog, model.name, as_name(new), self._now_ns())
-        self._publish_snapshot()
+        self._writer.renew_snapshot()
 
     def optimize(
         self,
@@ -366,8 +359,7 @@ class FragmentLibrary(LibraryReader):
             self.path,
             self._catalog,
             self._packs,
-            self._writer.batch,
-            self._writer.publish_snapshot,
+            self._writer,
         )
         return Collector(self.path, self._catalog, self._writer, compactor, self._now_ns)
 
@@ -398,7 +390,7 @@ class FragmentLibrary(LibraryReader):
             workers: Threads that decode; one per core by default.
 
         Raises:
-            StorageError: Something cannot be read for now, or, to repair, not be written.
+            StorageError: Something cannot be read, or, to repair, not be written.
         """
         from fragfs.library.check import Checker
         from fragfs.library.repair import Repairer

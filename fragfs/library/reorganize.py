@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fragfs.errors import StorageError
 from fragfs.library.catalog import Catalog
 from fragfs.library.collect import Collector
 from fragfs.library.decode import FragmentDecoder
@@ -75,10 +74,7 @@ class Reorganizer:
             with self._writer.batch() as batch:
                 refresh_stored_bytes(batch, self._catalog)
             # Who reads the copy sees a change, and says what it needs, once the copy has it.
-            try:
-                self._writer.publish_snapshot()
-            except StorageError as error:
-                log.warning("other users see an older state of the library for now: %s", error)
+            self._writer.renew_snapshot()
         collected = self._collector.run(progress)
         row = self._catalog.row("SELECT coalesce(sum(record_size), 0) FROM fragments")
         return replace(

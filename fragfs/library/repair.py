@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from fragfs.errors import NotFoundError, StorageError
-from fragfs.library.appender import PackState
 from fragfs.library.batch import Batch
 from fragfs.library.catalog import Catalog
 from fragfs.library.check import Checker
@@ -156,12 +155,15 @@ class Repairer:
             for number in findings.unindexed_packs:
                 self._write_index(number, done)
         # Before the snapshot, which will not name them: others may retire more meanwhile.
-        retired = self._retired()
+        retired = self._writer.retired_packs()
         if done or findings.stale_snapshot or retired:
             self._writer.publish_snapshot()
         if findings.stale_snapshot:
             done.append("the snapshot for other users is published anew")
-        self._remove(retired, done)
+        if retired:
+            self._writer.remove_packs(retired)
+            self._packs.drop_descriptors()
+            done.append(f"{len(retired)} packs that were replaced are removed")
         left = self._look(data=False)
         left.contents = found.contents
         left.decoded_count = found.decoded_count
@@ -290,25 +292,6 @@ class Repairer:
         self._writer.sync_packs()
         self._packs.drop_descriptors()
         return end + len(tail)
-
-    def _retired(self) -> list[int]:
-        """Numbers of packs that a commit has retired and whose files are there."""
-        there = set(self._files.names(self._packs_directory))
-        return [
-            number
-            for (number,) in self._catalog.rows(
-                "SELECT number FROM packs WHERE state = ?", (PackState.RETIRED,)
-            )
-            if pack_name(number) in there
-        ]
-
-    def _remove(self, retired: Sequence[int], done: list[str]) -> None:
-        for number in retired:
-            self._files.unlink(self._packs_directory / pack_name(number))
-        if retired:
-            self._writer.sync_packs()
-            self._packs.drop_descriptors()
-            done.append(f"{len(retired)} packs that were replaced are removed")
 
 
 def _write_bases(connection: sqlite3.Connection, bases: dict[int, tuple[int, ...]]) -> None:

@@ -6,8 +6,9 @@ held; whatever a crash leaves is behind the pack's committed size and is never r
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -35,6 +36,8 @@ __all__ = [
     "LibraryWriter",
     "read_intents",
 ]
+
+log = logging.getLogger(__name__)
 
 STAGING_NAME = "staging"
 INTENT_NAME = "batch.intent"
@@ -260,6 +263,33 @@ class LibraryWriter:
             except StorageError:
                 self._files.unlink(temporary)
                 raise
+
+    def renew_snapshot(self) -> None:
+        """`publish_snapshot` after a change that stands whether or not it can be published."""
+        try:
+            self.publish_snapshot()
+        except StorageError as error:
+            log.warning("other users see the library as it was before: %s", error)
+
+    # --- packs that a commit has retired
+
+    def retired_packs(self) -> list[int]:
+        """Numbers of retired packs whose files are there.
+
+        Found before a snapshot is published that names them no more: others may retire more packs
+        in between, which that snapshot may name.
+        """
+        there = set(self._pack_numbers())
+        rows = self.catalog.rows(
+            "SELECT number FROM packs WHERE state = ? ORDER BY number", (PackState.RETIRED,)
+        )
+        return [number for (number,) in rows if number in there]
+
+    def remove_packs(self, numbers: Sequence[int]) -> None:
+        """Remove the files of retired packs; descriptors that readers hold stay good."""
+        for number in numbers:
+            self._files.unlink(self._packs / pack_name(number))
+        self.sync_packs()
 
 
 def read_intents(files: Files, staging: Path) -> list[bytes]:
