@@ -45,7 +45,7 @@ __all__ = ["export_command", "verify_command"]
     help="Print a line per good file, as 'sha256sum -c' reads it.",
 )
 @click.option(
-    "--jobs",
+    "--workers",
     type=click.IntRange(min=1),
     metavar="N",
     help="Files read at once, and threads that decode. [default: one per core]",
@@ -63,7 +63,7 @@ def verify_command(
     *,
     model: str | None,
     as_sums: bool,
-    jobs: int | None,
+    workers: int | None,
     resume: bool,
     as_json: bool,
 ) -> int:
@@ -93,7 +93,7 @@ def verify_command(
         if resume and not (state and state.done):
             remark("fragfs: there is nothing to resume: everything is read")
         # Closed by hand: an interruption must stop its threads now, not when it is collected.
-        with closing(library.verify(name, progress, jobs, state)) as verified:
+        with closing(library.verify(name, progress, workers, state)) as verified:
             for result in verified:
                 results.append(result)
                 if result.error is not None:

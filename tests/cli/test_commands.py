@@ -333,7 +333,7 @@ def test_verify_goes_on_after_an_interruption(fragfs, make_model, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(FragmentLibrary, "verify", interrupted)
-    assert fragfs("verify", "--jobs", "1").status == 130
+    assert fragfs("verify", "--workers", "1").status == 130
     monkeypatch.setattr(FragmentLibrary, "verify", real)
     report = fragfs("verify", "--resume", "--json").json
     assert (report["file_count"], report["resumed_count"]) == (4, 1)
