@@ -37,6 +37,11 @@ REMEDIES = {
 }
 LASTING = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EDQUOT)
 
+READ_AS_WELL = (errno.EIO, errno.EMFILE)
+"""What only reads is refused by a broken disk, and where there are too many open files."""
+_POINTS = 4
+"""How often each error meets a long command, in which the same operations come again and again."""
+
 
 class FailingFiles(OsFiles):
     """Real files of which the operations after the first `count` fail, all of them or one.
@@ -75,6 +80,26 @@ def place(memory_path):
 CHANGING = [name for name in COMMANDS if not name.startswith(("init", "migrate", "check"))]
 
 
+def points_of(name, once, prepared, place, scratch):
+    """(error, how many operations succeed before it): short commands are refused everywhere."""
+    totals = {}
+    for number in (errno.EIO, errno.ENOSPC):
+        files = FailingFiles(10**9, number, reading=number in READ_AS_WELL, once=once)
+        shutil.copytree(prepared, scratch / "whole")
+        COMMANDS[name].run(scratch / "whole", place / "sources", files)
+        shutil.rmtree(scratch / "whole")
+        totals[number in READ_AS_WELL] = files.done
+    errors = (errno.EIO,) if once else LASTING
+    if name.startswith(("rm", "mv")):
+        return [(errors[at % len(errors)], at) for at in range(totals[True])]
+    found = []
+    for number in errors:
+        total = totals[number in READ_AS_WELL]
+        step = max(1, total // (3 * _POINTS if once else _POINTS))
+        found += [(number, at) for at in range(0, total, step)]
+    return found
+
+
 @pytest.mark.parametrize("once", [False, True], ids=["lasting", "once"])
 @pytest.mark.parametrize("name", CHANGING)
 def test_a_command_that_is_refused_can_be_repeated(name, once, place, scratch):
@@ -83,13 +108,8 @@ def test_a_command_that_is_refused_can_be_repeated(name, once, place, scratch):
     before = shown(prepared, scratch / "before")
     allowed = [before, *command.after(before, place / "sources")]
     refused: Counter[int] = Counter()
-    # Short commands are refused everywhere; in long ones the same operations come again and again.
-    step = 1 if name.startswith(("rm", "mv")) else 11 if once else 2
-    count = 0
-    while True:
-        # Each operation meets one of the errors; what only reads is refused by a broken disk.
-        number = errno.EIO if once else LASTING[count // step % len(LASTING)]
-        files = FailingFiles(count, number, reading=number in (errno.EIO, errno.EMFILE), once=once)
+    for number, count in points_of(name, once, prepared, place, scratch):
+        files = FailingFiles(count, number, reading=number in READ_AS_WELL, once=once)
         path = scratch / "lib"
         shutil.copytree(prepared, path)
         error = None
@@ -111,8 +131,4 @@ def test_a_command_that_is_refused_can_be_repeated(name, once, place, scratch):
             again(command, path, place / "sources", found)
             assert check_whole(path, allowed) == allowed[-1], where
         shutil.rmtree(path)
-        if files.done <= count:
-            break
-        count += step
-    assert count > 10
     assert set(refused) == ({errno.EIO} if once else set(LASTING))
