@@ -30,7 +30,7 @@ help: ## list the targets
 venv: $(READY) ## make .venv with fragfs and everything its tests need
 
 # pyfuse3 is compiled where its index has no wheel: hence a compiler, libfuse3 and Python's headers.
-$(READY): pyproject.toml $(wildcard fragfs/codec/*.[ch])
+$(READY): pyproject.toml $(wildcard fragfs/*/*.[ch])
 	@sh tools/system_packages.sh "$(PYTHON)"
 	@python="$(PYTHON)"; "$${python:-python3}" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'

@@ -51,6 +51,8 @@ class LayeredFragmentCache:
         # Where a fragment lies may change; its id and its size, which are used here, do not.
         self._identify = lru_cache(_IDENTITIES_MAX)(identify)
         self._dependent_count = dependent_count
+        # Half the cost of finding a fragment; an old answer costs a decode at worst.
+        self._is_needed = lru_cache(_IDENTITIES_MAX)(lambda number: dependent_count(number) > 0)
         self.held = held
         self.shared = shared
 
@@ -70,8 +72,7 @@ class LayeredFragmentCache:
         file = shared.get(metadata.id, metadata.raw_size, check=check or is_small)
         if file is not None:
             self.held.put(number, file.view() if is_small else file)
-            is_needed = self._dependent_count(number) > 0
-            credit_s = _BASE_CREDIT_S if is_needed else _SERVED_CREDIT_S
+            credit_s = _BASE_CREDIT_S if self._is_needed(number) else _SERVED_CREDIT_S
             shared.touch(metadata.id, credit_s)
         return file
 

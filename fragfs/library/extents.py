@@ -53,10 +53,11 @@ class ExtentMap:
 
     Attributes:
         size: Bytes of the file.
+        ends: Where each extent ends in the file, array("q").
         fragments: Fragment number per extent, array("q").
     """
 
-    __slots__ = ("_ends", "_kinds", "_offsets", "_sizes", "fragments", "size")
+    __slots__ = ("_kinds", "_offsets", "_sizes", "ends", "fragments", "size")
 
     def __init__(
         self, sizes: array[int], fragments: array[int], offsets: array[int], kinds: bytes
@@ -65,14 +66,14 @@ class ExtentMap:
         self.fragments = fragments
         self._offsets = offsets
         self._kinds = kinds
-        self._ends = array("q", accumulate(sizes))
-        self.size = self._ends[-1] if sizes else 0
+        self.ends = array("q", accumulate(sizes))
+        self.size = self.ends[-1] if sizes else 0
 
     def __len__(self) -> int:
         return len(self._sizes)
 
     def __getitem__(self, index: int) -> Extent:
-        end, size, kind = self._ends[index], self._sizes[index], self._kinds[index]
+        end, size, kind = self.ends[index], self._sizes[index], self._kinds[index]
         return Extent(
             end - size,
             size,
@@ -93,7 +94,7 @@ class ExtentMap:
         """
         if not 0 <= offset < self.size:
             raise IndexError(f"byte {offset} is outside a file of {self.size} bytes")
-        return bisect_right(self._ends, offset)
+        return bisect_right(self.ends, offset)
 
     def columns(self) -> tuple[array[int], array[int], bytes]:
         """(sizes, offsets in the fragment, kind bytes): the columns that name no fragment."""

@@ -50,6 +50,10 @@ class OpenContents:
         """A content that is open."""
         return self._opened[number].content
 
+    def __contains__(self, number: object) -> bool:
+        """Whether a content is open."""
+        return number in self._opened
+
     def __iter__(self) -> Iterator[int]:
         """Numbers of the contents that are open."""
         return iter(self._opened)

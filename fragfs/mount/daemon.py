@@ -26,6 +26,8 @@ from fragfs.errors import FormatError, FragmentError, StorageError
 from fragfs.library.lease import Lease
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.tree import Directory
+from fragfs.mount.device import DeviceNotifier, find_device
+from fragfs.mount.front import Front, find_front_module
 from fragfs.mount.inodes import InodeTable, KnownDirectory
 from fragfs.mount.logs import logging_to
 from fragfs.mount.operations import MountOperations, Ownership
@@ -121,6 +123,7 @@ class _Daemon:
         self._watching_ended = trio.Event()
         self._main_scope = trio.CancelScope()
         self._reading: MountReading | None = None
+        self._device = -1
         self.exit_code = 0
         # If a decode or the kernel never returned, neither would the orderly end.
         self.last_resort = threading.Timer(_LAST_RESORT_S, os._exit, (1,))
@@ -137,8 +140,13 @@ class _Daemon:
             reading = self._reading = MountReading(self._options, self._library, decoders)
             operations = self._make_operations(reading)
             entry = self._mount(operations)
+            module = find_front_module()
+            front = Front(module) if module is not None else None
+            self._device = front.device if front is not None else find_device()
             try:
-                reading.start(entry)
+                reading.start(entry, front)
+                if front is not None:
+                    helpers.start_soon(self._serve_reads, front, operations)
                 helpers.start_soon(self._obey_signals, signals, operations, entry)
                 helpers.start_soon(self._watch, operations)
                 if self._is_alone and self._options.read_ahead_kb is not None:
@@ -154,6 +162,8 @@ class _Daemon:
                 with trio.CancelScope(shield=True):
                     await self._watching_ended.wait()
                 reading.close()
+                if front is not None:
+                    front.close()
                 pyfuse3.close(unmount=False)
             log.info("unmounted %s", entry.mountpoint)
             helpers.cancel_scope.cancel()
@@ -204,6 +214,12 @@ class _Daemon:
                     raise
                 log.warning("the connection to the kernel was aborted")
 
+    async def _serve_reads(self, front: Front, operations: MountOperations) -> None:
+        number = await front.run(operations)
+        if number not in (0, errno.ENODEV):
+            log.warning("the connection to the kernel ended: %s", os.strerror(number))
+        pyfuse3.terminate()
+
     # --- changes of the catalog
 
     async def _watch(self, operations: MountOperations) -> None:
@@ -218,7 +234,7 @@ class _Daemon:
             self._look_at_library,
             lambda: trio.from_thread.run_sync(self._copy_known),
             lambda names: trio.from_thread.run_sync(self._drop_names, names),
-            _Kernel(),
+            DeviceNotifier(self._device),
             lease,
         )
         try:
@@ -305,16 +321,6 @@ class _Daemon:
             detach(entry)
         except FragmentError as error:
             log.error("%s", error)
-
-
-class _Kernel:
-    """`KernelCaches` of the one session pyfuse3 has."""
-
-    def forget_name(self, parent: int, name: bytes) -> None:
-        pyfuse3.invalidate_entry(parent, name)
-
-    def forget_attributes(self, number: int) -> None:
-        pyfuse3.invalidate_inode(number, attr_only=True)
 
 
 async def _raise_read_ahead(entry: MountEntry, read_ahead_kb: int) -> None:

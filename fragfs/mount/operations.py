@@ -9,6 +9,7 @@ Every write is refused by the kernel before it gets here: the file system is mou
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -194,6 +195,7 @@ class MountOperations(pyfuse3.Operations):
             self._contents.open(number)
         except NotFoundError as error:
             raise FUSEError(errno.ESTALE) from error
+        self._reading.open_file(self._contents[number])
         return FileInfo(fh=number, keep_cache=True, direct_io=False)
 
     @answering
@@ -201,6 +203,23 @@ class MountOperations(pyfuse3.Operations):
         self, handle: int, offset: int, size: int
     ) -> memoryview | bytearray:
         """Exactly the bytes asked for, up to the end: the kernel fills a short reply with zeros."""
+        self.note_read(handle, offset, size)
+        return await self.read_content(handle, offset, size)
+
+    def note_read(self, handle: int, offset: int, size: int) -> None:
+        """Learn where a reader is."""
+        if handle in self._contents:
+            self._reading.on_read(self._contents[handle], offset, size)
+
+    async def prepare_read(self, handle: int, offset: int, size: int) -> None:
+        """Have the front given what a read needs; what fails will fail again in the read."""
+        if handle in self._contents:
+            with contextlib.suppress(FragmentError):
+                await self._reading.prepare(self._contents[handle], offset, size)
+
+    @answering
+    async def read_content(self, handle: int, offset: int, size: int) -> memoryview | bytearray:
+        """Exactly the bytes asked for, up to the end."""
         content = self._contents[handle]
         try:
             data = await self._reading.read(content, offset, size)
@@ -221,6 +240,8 @@ class MountOperations(pyfuse3.Operations):
     async def release(self, handle: int) -> None:
         """Close one handle of a file."""
         self._contents.close(handle)
+        if handle not in self._contents:
+            self._reading.close_file(handle)
 
     # --- the rest
 

@@ -11,7 +11,7 @@ from fragfs.errors import UsageError
 
 __all__ = ["READ_AHEAD_KB", "MountOptions"]
 
-READ_AHEAD_KB = 1024
+READ_AHEAD_KB = 512
 """Requests of 1 MiB, the most the kernel sends; by default they have 128 KiB."""
 
 _UMASK_DEFAULT = 0o222

@@ -27,6 +27,7 @@ import trio
 from fragfs.cache.place import available_memory
 from fragfs.errors import FragmentError
 from fragfs.library.extents import ExtentMap, OpenContent
+from fragfs.mount.device import find_device
 from fragfs.mount.pusher import PARTS_MAX, PUSHED, PusherOptions, StorePart, pack_store
 from fragfs.reader.ahead import PAGE_BYTES, TRIPWIRE_BYTES, ReadAhead, Window
 from fragfs.reader.fetch import FragmentFetcher
@@ -37,7 +38,10 @@ __all__ = ["Prefill", "PrefillStatistics", "Pusher", "PusherProcess", "start_pus
 
 log = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 960 << 10
+_STORED_BYTES = 960 << 10
+_READY_BYTES = 4 << 20
+"""What is stored, or made ready, in one turn."""
+
 _STORES_IN_FLIGHT = 2
 _LEAP_BYTES = 1 << 20
 """How far ahead of a reader who has overtaken the stores go on: what it faults on at once, and what
@@ -50,7 +54,9 @@ _NARROW_READS_MAX = 64
 """Narrow requests in a row after which a file is stored for again: what is left between pages that
 are cached already is narrow as well."""
 
-_WINDOW_BYTES_MAX = 64 << 20
+_WINDOW_BYTES_MAX = 16 << 20
+"""A window and what is left of the one before must stay with the front until it is read."""
+
 _WINDOWS_PER_CACHE = 8
 
 _MEMORY_BYTES_MIN = 256 << 20
@@ -59,8 +65,6 @@ _END_S_MAX = 0.5
 _RESTART_S = 0.05
 _RESTARTS_MAX = 8
 """Deaths in a row, without a store in between, after which no process is started any more."""
-
-_DEVICE = "/dev/fuse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +232,7 @@ def start_pusher(options: PusherOptions) -> PusherProcess:
     Raises:
         OSError: The system refused.
     """
-    device = _find_device()
+    device = find_device()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     lifeline_out, lifeline_in = os.pipe()
     descriptors = (theirs.fileno(), device, lifeline_out)
@@ -301,6 +305,7 @@ class Prefill:
         nursery: Where windows are worked on.
         cache_bytes_max: Budget of the fragment cache: windows stay far below it.
         read_ahead_kb: How far the kernel reads ahead on the mount; None if it does not say.
+        offer: Given the number of every fragment that is ready for a reader who is on the way.
     """
 
     def __init__(
@@ -311,8 +316,10 @@ class Prefill:
         nursery: trio.Nursery,
         cache_bytes_max: int,
         read_ahead_kb: Callable[[], int | None],
+        offer: Callable[[int], None] | None = None,
     ) -> None:
         self._read_ahead_kb = read_ahead_kb
+        self._offer = offer
         self._window_bytes_max = min(_WINDOW_BYTES_MAX, cache_bytes_max // _WINDOWS_PER_CACHE)
         self._fetcher = fetcher
         self._identify = identify
@@ -356,6 +363,8 @@ class Prefill:
     async def _work(self, followed: _Followed, window: Window) -> None:
         try:
             coming = _Coming(followed.content.extents, window, self._fetcher)
+            is_storing = self._is_to_store(followed, window)
+            chunk = _STORED_BYTES if is_storing else _READY_BYTES
             position = window.start
             while position < window.stop:
                 stream = window.stream
@@ -366,10 +375,12 @@ class Prefill:
                         return
                 if self._is_memory_short():
                     return
-                stop = min(position + _CHUNK_BYTES, window.stop)
+                stop = min(position + chunk, window.stop)
                 await coming.ready(position, stop)
+                if self._offer is not None:
+                    self._offer_part(self._offer, followed.content.extents, position, stop)
                 pusher = self.pusher
-                if pusher is not None and pusher.is_alive and followed.is_storing:
+                if pusher is not None and pusher.is_alive and is_storing:
                     for part in _without_tripwire(position, stop, window.trip):
                         await self._store(pusher, followed.content, *part)
                 else:
@@ -381,6 +392,20 @@ class Prefill:
         except Exception:
             # Nobody waits for this, so nothing that goes wrong here may end the mount.
             log.exception("decoding ahead failed")
+
+    def _is_to_store(self, followed: _Followed, window: Window) -> bool:
+        """Whether the pages of a window are stored, rather than only made ready to be answered.
+
+        The front answers a request for less than a store of as many pages takes; but a page that is
+        touched at random is asked for alone, and its neighbours are there at once if they are stored.
+        """
+        return window.stream is None or (self._offer is None and followed.is_storing)
+
+    def _offer_part(
+        self, offer: Callable[[int], None], extents: ExtentMap, start: int, stop: int
+    ) -> None:
+        for index in range(extents.index_at(start), extents.index_at(stop - 1) + 1):
+            offer(extents.fragments[index])
 
     async def _store(self, pusher: Pusher, content: OpenContent, start: int, stop: int) -> None:
         pieces = plan_read(content.extents, start, stop - start)
@@ -407,12 +432,3 @@ def _without_tripwire(start: int, stop: int, trip: int | None) -> list[tuple[int
         return [(start, stop)]
     parts = [(start, trip), (trip + TRIPWIRE_BYTES, stop)]
     return [(a, b) for a, b in parts if a < b]
-
-
-def _find_device() -> int:
-    """The descriptor of this process's one FUSE session."""
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}") == _DEVICE:
-                return int(name)
-    raise FragmentError("this process has no FUSE session")

@@ -15,6 +15,7 @@ from fragfs.errors import StorageError
 from fragfs.library.extents import OpenContent
 from fragfs.library.library import FragmentLibrary
 from fragfs.mount.abort import can_abort
+from fragfs.mount.front import Front
 from fragfs.mount.options import MountOptions
 from fragfs.mount.prefill import Prefill, Pusher
 from fragfs.mount.pusher import PusherOptions
@@ -69,13 +70,20 @@ class MountReading:
             library.decode_fragment, self._cache, nursery, workers=workers, pool=self._pool
         )
         self._reader = FileReader(self._fetcher)
+        self._front: Front | None = None
         self._prefill: Prefill | None = None
         self._pusher: Pusher | None = None
         self._reads = 0
         self._bytes_returned = 0
 
-    def start(self, entry: MountEntry) -> None:
-        """Start the processes that help, now that the mount is there."""
+    def start(self, entry: MountEntry, front: Front | None) -> None:
+        """Start the processes that help, now that the mount is there.
+
+        Args:
+            entry: The mount.
+            front: What answers its reads; None if that is only this.
+        """
+        self._front = front
         if self._pool is not None:
             self._pool.start()
         if not self._options.prefill or self._place is None:
@@ -100,6 +108,7 @@ class MountReading:
             self._nursery,
             self._place.bytes_max,
             lambda: entry.read_ahead_kb,
+            self._offer if front is not None else None,
         )
 
     def close(self) -> None:
@@ -112,10 +121,40 @@ class MountReading:
         if self._cache.shared is not None:
             self._cache.shared.close()
 
-    async def read(self, content: OpenContent, offset: int, size: int) -> memoryview | bytearray:
-        """Read bytes of a content; see `FileReader.read`."""
+    def open_file(self, content: OpenContent) -> None:
+        """A file was opened."""
+        if self._front is not None:
+            self._front.open_file(content)
+
+    def close_file(self, number: int) -> None:
+        """Nobody has a file open any more."""
+        if self._front is not None:
+            self._front.close_file(number)
+
+    def on_read(self, content: OpenContent, offset: int, size: int) -> None:
+        """Note a read that was asked for."""
         if self._prefill is not None:
             self._prefill.on_read(content, offset, size)
+
+    async def prepare(self, content: OpenContent, offset: int, size: int) -> None:
+        """Give the front what a read needs.
+
+        Raises:
+            FragmentError: See `FileReader.read`.
+        """
+        assert self._front is not None
+        for number, raw in await self._reader.fragments(content, offset, size):
+            if not self._front.holds(number):
+                self._front.give(number, raw)
+
+    def _offer(self, number: int) -> None:
+        """Give the front a fragment that will soon be read, if it is at hand."""
+        assert self._front is not None
+        if not self._front.holds(number) and (raw := self._cache.find(number)) is not None:
+            self._front.give(number, raw)
+
+    async def read(self, content: OpenContent, offset: int, size: int) -> memoryview | bytearray:
+        """Read bytes of a content; see `FileReader.read`."""
         data: memoryview | bytearray | None = self._reader.read_nowait(content, offset, size)
         if data is None:
             data = await self._reader.read(content, offset, size)
@@ -126,12 +165,13 @@ class MountReading:
     def status(self) -> dict[str, object]:
         """The counters of this mount, for the extended attribute `user.fragfs.status`."""
         fetched = self._fetcher.statistics()
+        reads, bytes_returned = self._front.counters() if self._front is not None else (0, 0)
         status: dict[str, object] = {
             "pid": os.getpid(),
             "helpers": self._pool.pids if self._pool is not None else [],
             "library": os.fspath(self._options.library),
-            "reads": self._reads,
-            "bytes_returned": self._bytes_returned,
+            "reads": self._reads + reads,
+            "bytes_returned": self._bytes_returned + bytes_returned,
             "decodes": fetched.decodes,
             "bytes_decoded": fetched.decoded_bytes,
             "waiting": fetched.flights,

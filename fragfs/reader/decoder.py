@@ -144,9 +144,8 @@ class DecoderOptions:
 class _Timed:
     """The cache as the source of one decode: publishes what was decoded, with what it took."""
 
-    def __init__(self, cache: LayeredFragmentCache, library: FragmentLibrary) -> None:
+    def __init__(self, cache: LayeredFragmentCache) -> None:
         self._cache = cache
-        self._library = library
         self._since_ns = time.perf_counter_ns()
         self._start_ns = self._since_ns
         self.decoded = 0
@@ -162,7 +161,7 @@ class _Timed:
         decode_ns = time.perf_counter_ns() - self._since_ns
         self.decoded += 1
         self.decoded_bytes += raw.nbytes
-        self.is_published = self._cache.publish(self._library.fragment(number), raw, decode_ns)
+        self.is_published = self._cache.publish(self._cache.identify(number), raw, decode_ns)
         self._cache.held.put(number, raw)
         self._since_ns = time.perf_counter_ns()
 
@@ -189,7 +188,7 @@ class _Decoder:
             return Reply(number, Status.FAILED)
 
     def _answer(self, number: int, with_bases: bool) -> Reply:
-        fragment = self._library.fragment(number).id
+        fragment = self._cache.identify(number).id
         if self._shared.holds(fragment):
             return Reply(number, Status.DONE)
         if not with_bases:
@@ -202,7 +201,7 @@ class _Decoder:
             # It may have been published between the first look and the claim.
             if self._shared.holds(fragment):
                 return Reply(number, Status.DONE)
-            source = _Timed(self._cache, self._library)
+            source = _Timed(self._cache)
             evictions = self._shared.evictions
             self._library.decode_fragment(number, source)
             status = Status.DONE if source.is_published else Status.FULL
@@ -215,7 +214,7 @@ class _Decoder:
             base
             for base in self._library.bases(number)
             if self._cache.held.get(base) is None
-            and not self._shared.holds(self._library.fragment(base).id)
+            and not self._shared.holds(self._cache.identify(base).id)
         )
 
 

@@ -75,11 +75,7 @@ class FileReader:
         pieces = plan_read(content.extents, offset, size)
         if not pieces:
             return bytearray()
-        fragments = []
-        for index, piece in enumerate(pieces):
-            for following in pieces[index + 1 : index + 1 + _AHEAD_MAX]:
-                self._fetcher.begin_nowait(following.fragment)
-            fragments.append(await self._fetch(piece))
+        fragments = await self._fetch_all(pieces)
         # Nothing is awaited from here on: the buffer is everybody's.
         if len(pieces) == 1:
             data = self._part(fragments[0], pieces[0].fragment_offset, pieces[0].size)
@@ -87,6 +83,22 @@ class FileReader:
             data = self._assemble(pieces, fragments)
         self._keep(content, offset + len(data) - 1, fragments[-1])
         return data
+
+    async def fragments(
+        self, content: OpenContent, offset: int, size: int
+    ) -> list[tuple[int, memoryview | FragmentFile]]:
+        """The fragments that a read needs, by number; see `read`."""
+        pieces = plan_read(content.extents, offset, size)
+        fragments = await self._fetch_all(pieces)
+        return [(piece.fragment, raw) for piece, raw in zip(pieces, fragments, strict=True)]
+
+    async def _fetch_all(self, pieces: list[Piece]) -> list[memoryview | FragmentFile]:
+        fragments = []
+        for index, piece in enumerate(pieces):
+            for following in pieces[index + 1 : index + 1 + _AHEAD_MAX]:
+                self._fetcher.begin_nowait(following.fragment)
+            fragments.append(await self._fetch(piece))
+        return fragments
 
     def _keep(self, content: OpenContent, offset: int, raw: memoryview | FragmentFile) -> None:
         """Remember the extent that holds a byte, and its fragment's bytes."""

@@ -208,10 +208,10 @@ class DecoderPool:
     async def _receive(self, process: DecoderProcess) -> None:
         size = REPLY.size + 8 * _BASES_MAX
         while True:
-            await trio.lowlevel.wait_readable(process.channel)
             try:
                 data = process.channel.recv(size)
             except BlockingIOError:
+                await trio.lowlevel.wait_readable(process.channel)
                 continue
             except OSError:
                 return

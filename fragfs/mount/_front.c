@@ -1,0 +1,780 @@
+/* Takes the kernel's requests, and answers the reads of what is decoded: a request then costs what
+ * it costs a server in C, and never waits for the interpreter.
+ *
+ * What it does not hold itself, and everything that is no read, it passes on: reads as records into
+ * a pipe, for the event loop (front.py); other requests as messages to pyfuse3, which takes the
+ * socket for the device. It decides nothing: which fragments there are, and that their bytes are
+ * right, it is told by `give`.
+ *
+ * Source: Linux include/uapi/linux/fuse.h; fs/fuse/dev.c. A reply to a request that nobody waits
+ * for any more fails with ENOENT, which is no error.
+ */
+#define _GNU_SOURCE
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define REQUEST_BYTES_MAX ((1 << 20) + (64 << 10)) /* the kernel reserves room for the largest write */
+#define LISTING_BYTES_MAX (64u << 10)              /* a reply must fit a socket's buffer */
+#define PIPE_BYTES (2 << 20)                       /* the largest read, where a user may have as much */
+#define COPIED_BYTES_MAX (32 << 10)                /* up to here a copy costs less than a pipe */
+#define PAGE_BYTES 4096u
+#define PIECES_MAX 64
+#define SLOTS 256
+#define BUCKETS 1024
+#define NOTES_MAX 16
+#define NOTES_BYTES_MAX (2u << 20)
+#define NOTES_NS_MAX 1000000 /* a read that comes so long after the last record is told at once */
+
+/* What the event loop is told; front.py unpacks it. */
+enum { SERVED = 0, MISSED = 1, ENDED = 2 };
+
+struct record {
+    uint64_t unique, number, offset;
+    uint32_t size, kind;
+};
+
+/* Bytes of a fragment: an open file of the cache, or a copy. */
+struct slot {
+    int64_t fragment; /* 0: empty */
+    uint64_t used;
+    unsigned pins;
+    int descriptor;
+    char *copy;
+    size_t size;
+};
+
+struct file {
+    struct file *next;
+    uint64_t number, size;
+    size_t extents;
+    uint64_t *ends;      /* of each extent, in the file */
+    int64_t *fragments;
+    uint32_t *sizes, *offsets;
+};
+
+struct piece {
+    struct slot *slot;
+    uint64_t start;
+    size_t size;
+};
+
+/* What one thread needs to answer. */
+struct worker {
+    int pipe_out, pipe_in;
+    size_t pipe_pages;
+    char *buffer;
+    size_t buffer_size;
+};
+
+typedef struct {
+    PyObject_HEAD
+    int device, requests, records, stop;
+    pthread_mutex_t lock; /* of all that follows */
+    struct slot slots[SLOTS];
+    struct file *files[BUCKETS];
+    size_t bytes_held, bytes_max;
+    uint64_t clock, reads, bytes_returned;
+    struct worker serving;   /* of the thread in `serve` */
+    struct worker answering; /* of who calls `answer`, one at a time */
+    struct record notes[NOTES_MAX + 1];
+    int noted;
+    size_t noted_bytes;
+    int64_t told_ns;
+} Front;
+
+/* --- replies */
+
+static void close_pipe(struct worker *worker)
+{
+    if (worker->pipe_in >= 0) {
+        close(worker->pipe_in);
+        close(worker->pipe_out);
+    }
+    worker->pipe_in = worker->pipe_out = -1;
+    worker->pipe_pages = 0;
+}
+
+static void open_pipe(struct worker *worker)
+{
+    int ends[2];
+
+    close_pipe(worker);
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return;
+    worker->pipe_out = ends[0];
+    worker->pipe_in = ends[1];
+    if (fcntl(worker->pipe_in, F_SETPIPE_SZ, PIPE_BYTES) < 0)
+        (void)fcntl(worker->pipe_in, F_SETPIPE_SZ, PIPE_BYTES / 2);
+    int size = fcntl(worker->pipe_in, F_GETPIPE_SZ);
+    worker->pipe_pages = size > 0 ? (size_t)size / PAGE_BYTES : 0;
+}
+
+static char *space(struct worker *worker, size_t size)
+{
+    if (size > worker->buffer_size) {
+        free(worker->buffer);
+        worker->buffer = malloc(size);
+        worker->buffer_size = worker->buffer ? size : 0;
+    }
+    return worker->buffer;
+}
+
+static bool read_all(int descriptor, char *into, size_t size, uint64_t start)
+{
+    while (size) {
+        ssize_t got = pread(descriptor, into, size, (off_t)start);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return false;
+        into += got;
+        start += (uint64_t)got;
+        size -= (size_t)got;
+    }
+    return true;
+}
+
+/* Whether a failed reply leaves nothing to be said: nobody waits for it, or nobody is there. */
+static bool is_over(void)
+{
+    return errno == ENOENT || errno == ENODEV || errno == ECONNABORTED;
+}
+
+static bool reply_copied(Front *front, struct worker *worker, struct fuse_out_header *header,
+                         const struct piece *pieces, int count, size_t size)
+{
+    char *at = space(worker, size);
+
+    if (!at && size)
+        return false;
+    for (int i = 0; i < count; i++) {
+        const struct slot *slot = pieces[i].slot;
+        if (slot->copy)
+            memcpy(at, slot->copy + pieces[i].start, pieces[i].size);
+        else if (!read_all(slot->descriptor, at, pieces[i].size, pieces[i].start))
+            return false;
+        at += pieces[i].size;
+    }
+    struct iovec parts[2] = {{header, sizeof *header}, {worker->buffer, size}};
+    return writev(front->device, parts, size ? 2 : 1) >= 0 || is_over();
+}
+
+/* The pages of the cache's files go out as they are. False if they do not: nothing is sent then. */
+static bool reply_spliced(Front *front, struct worker *worker, struct fuse_out_header *header,
+                          const struct piece *pieces, int count)
+{
+    if (write(worker->pipe_in, header, sizeof *header) != (ssize_t)sizeof *header)
+        goto failed;
+    for (int i = 0; i < count; i++) {
+        const struct slot *slot = pieces[i].slot;
+        size_t rest = pieces[i].size;
+        off_t start = (off_t)pieces[i].start;
+        if (slot->copy) {
+            if (write(worker->pipe_in, slot->copy + start, rest) != (ssize_t)rest)
+                goto failed;
+            continue;
+        }
+        while (rest) {
+            ssize_t moved = splice(slot->descriptor, &start, worker->pipe_in, NULL, rest, 0);
+            if (moved < 0 && errno == EINTR)
+                continue;
+            if (moved <= 0)
+                goto failed;
+            rest -= (size_t)moved;
+        }
+    }
+    if (splice(worker->pipe_out, NULL, front->device, NULL, header->len, 0) >= 0)
+        return true;
+    bool over = is_over();
+    open_pipe(worker); /* what may be left in it would become part of the next reply */
+    return over;
+failed:
+    open_pipe(worker);
+    return false;
+}
+
+static size_t pages_of(const struct piece *pieces, int count)
+{
+    size_t pages = 1; /* of the header */
+
+    for (int i = 0; i < count; i++)
+        pages += (pieces[i].start % PAGE_BYTES + pieces[i].size + PAGE_BYTES - 1) / PAGE_BYTES;
+    return pages;
+}
+
+/* --- what is held; the lock is held by the caller */
+
+static void empty_slot(Front *front, struct slot *slot)
+{
+    front->bytes_held -= slot->size;
+    if (slot->descriptor >= 0)
+        close(slot->descriptor);
+    free(slot->copy);
+    memset(slot, 0, sizeof *slot);
+    slot->descriptor = -1;
+}
+
+static struct slot *find_slot(Front *front, int64_t fragment)
+{
+    for (int i = 0; i < SLOTS; i++)
+        if (front->slots[i].fragment == fragment)
+            return &front->slots[i];
+    return NULL;
+}
+
+/* The one that was not used for longest; NULL if all are in use now. */
+static struct slot *oldest_slot(Front *front)
+{
+    struct slot *oldest = NULL;
+
+    for (int i = 0; i < SLOTS; i++) {
+        struct slot *slot = &front->slots[i];
+        if (slot->fragment && !slot->pins && (!oldest || slot->used < oldest->used))
+            oldest = slot;
+    }
+    return oldest;
+}
+
+static struct file **find_file(Front *front, uint64_t number)
+{
+    struct file **at = &front->files[number % BUCKETS];
+
+    while (*at && (*at)->number != number)
+        at = &(*at)->next;
+    return at;
+}
+
+static void free_file(struct file *file)
+{
+    free(file->ends);
+    free(file->fragments);
+    free(file->sizes);
+    free(file->offsets);
+    free(file);
+}
+
+/* Cuts a read into pieces of what is held, and pins them; -1 if some of it is not. */
+static int pin_pieces(Front *front, struct file *file, uint64_t offset, size_t size,
+                      struct piece *pieces)
+{
+    size_t low = 0, high = file->extents;
+    int count = 0;
+
+    while (low < high) { /* the extent that holds the first byte */
+        size_t middle = low + (high - low) / 2;
+        if (file->ends[middle] <= offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (size_t i = low; size; i++) {
+        if (i >= file->extents || count == PIECES_MAX)
+            goto missed;
+        uint64_t skipped = offset - (file->ends[i] - file->sizes[i]);
+        size_t taken = file->sizes[i] - (size_t)skipped;
+        if (taken > size)
+            taken = size;
+        struct slot *slot = find_slot(front, file->fragments[i]);
+        uint64_t start = file->offsets[i] + skipped;
+        if (!slot || start + taken > slot->size)
+            goto missed;
+        slot->pins++;
+        slot->used = ++front->clock;
+        pieces[count++] = (struct piece){slot, start, taken};
+        offset += taken;
+        size -= taken;
+    }
+    return count;
+missed:
+    while (count)
+        pieces[--count].slot->pins--;
+    return -1;
+}
+
+/* --- reads */
+
+static bool answer_read(Front *front, struct worker *worker, uint64_t unique, uint64_t number,
+                        uint64_t offset, size_t size)
+{
+    struct piece pieces[PIECES_MAX];
+
+    pthread_mutex_lock(&front->lock);
+    struct file *file = *find_file(front, number);
+    if (!file) {
+        pthread_mutex_unlock(&front->lock);
+        return false;
+    }
+    if (offset >= file->size)
+        size = 0;
+    else if (size > file->size - offset)
+        size = (size_t)(file->size - offset);
+    int count = pin_pieces(front, file, offset, size, pieces);
+    pthread_mutex_unlock(&front->lock);
+    if (count < 0)
+        return false;
+
+    struct fuse_out_header header = {(uint32_t)(sizeof header + size), 0, unique};
+    bool answered = false;
+    if (size > COPIED_BYTES_MAX && pages_of(pieces, count) <= worker->pipe_pages)
+        answered = reply_spliced(front, worker, &header, pieces, count);
+    if (!answered)
+        answered = reply_copied(front, worker, &header, pieces, count, size);
+
+    pthread_mutex_lock(&front->lock);
+    for (int i = 0; i < count; i++)
+        pieces[i].slot->pins--;
+    front->reads += answered;
+    front->bytes_returned += answered ? size : 0;
+    pthread_mutex_unlock(&front->lock);
+    return answered;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Tells the event loop of a request; of reads in quick succession a few at a time. False if it has
+ * ended. */
+static bool tell(Front *front, struct record record)
+{
+    int64_t now = now_ns();
+
+    struct record *last = front->noted ? &front->notes[front->noted - 1] : NULL;
+    if (last && record.kind == SERVED && last->kind == SERVED && last->number == record.number &&
+        last->offset + last->size == record.offset)
+        last->size += record.size; /* it goes on where that one ended: one note is enough */
+    else
+        front->notes[front->noted++] = record;
+    front->noted_bytes += record.size;
+    if (record.kind == SERVED && front->noted < NOTES_MAX && front->noted_bytes < NOTES_BYTES_MAX &&
+        now - front->told_ns < NOTES_NS_MAX)
+        return true;
+    size_t size = (size_t)front->noted * sizeof record;
+    front->noted = 0;
+    front->noted_bytes = 0;
+    front->told_ns = now;
+    for (;;) {
+        ssize_t written = write(front->records, front->notes, size); /* in one piece: < PIPE_BUF */
+        if (written >= 0)
+            return true;
+        if (errno != EINTR)
+            return false;
+    }
+}
+
+/* --- requests */
+
+static void refuse(Front *front, uint64_t unique, int error)
+{
+    struct fuse_out_header header = {sizeof header, -error, unique};
+
+    while (write(front->device, &header, sizeof header) < 0 && errno == EINTR)
+        ;
+}
+
+static bool pass_on(Front *front, char *request, size_t size)
+{
+    struct fuse_in_header *header = (struct fuse_in_header *)request;
+
+    if ((header->opcode == FUSE_READDIR || header->opcode == FUSE_READDIRPLUS) &&
+        size >= sizeof *header + sizeof(struct fuse_read_in)) {
+        struct fuse_read_in *listing = (struct fuse_read_in *)(header + 1);
+        if (listing->size > LISTING_BYTES_MAX)
+            listing->size = LISTING_BYTES_MAX;
+    }
+    for (;;) {
+        if (send(front->requests, request, size, MSG_NOSIGNAL) >= 0)
+            return true;
+        if (errno == EINTR)
+            continue;
+        if (errno != EMSGSIZE)
+            return false;
+        refuse(front, header->unique, E2BIG);
+        return true;
+    }
+}
+
+/* False when pyfuse3 or the event loop has ended. */
+static bool take(Front *front, char *request, size_t size)
+{
+    struct fuse_in_header *header = (struct fuse_in_header *)request;
+
+    if (size < sizeof *header || header->opcode == FUSE_INTERRUPT)
+        return true; /* nothing that takes time can be interrupted */
+    if (header->opcode != FUSE_READ)
+        return pass_on(front, request, size);
+    if (size < sizeof *header + sizeof(struct fuse_read_in)) {
+        refuse(front, header->unique, EIO);
+        return true;
+    }
+    const struct fuse_read_in *read = (struct fuse_read_in *)(header + 1);
+    struct record record = {header->unique, read->fh, read->offset, read->size, SERVED};
+    if (!answer_read(front, &front->serving, record.unique, record.number, record.offset,
+                     record.size))
+        record.kind = MISSED;
+    return tell(front, record);
+}
+
+/* Takes requests until there are none any more; gives the errno that ended it, 0 if it was told to
+ * end. */
+static int serve(Front *front)
+{
+    struct pollfd events[2] = {{front->device, POLLIN, 0}, {front->stop, POLLIN, 0}};
+    char *request = malloc(REQUEST_BYTES_MAX);
+    int error = 0;
+
+    if (!request)
+        return ENOMEM;
+    open_pipe(&front->serving);
+    for (;;) {
+        ssize_t size = read(front->device, request, REQUEST_BYTES_MAX);
+        if (size >= 0) {
+            if (take(front, request, (size_t)size))
+                continue;
+            error = EPIPE;
+            break;
+        }
+        if (errno == EAGAIN) {
+            if (poll(events, 2, -1) < 0 && errno != EINTR) {
+                error = errno;
+                break;
+            }
+            if (events[1].revents)
+                break;
+        } else if (errno != EINTR && errno != ENOENT) { /* ENOENT: it was interrupted */
+            error = errno;
+            break;
+        }
+    }
+    free(request);
+    tell(front, (struct record){0, 0, 0, (uint32_t)error, ENDED});
+    return error;
+}
+
+/* --- the type */
+
+static int take_buffer(Py_buffer *buffer, size_t count, size_t width, void **copy)
+{
+    if ((size_t)buffer->len != count * width) {
+        PyErr_SetString(PyExc_ValueError, "columns of different lengths");
+        return -1;
+    }
+    *copy = malloc(count * width + 1);
+    if (!*copy) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memcpy(*copy, buffer->buf, count * width);
+    return 0;
+}
+
+static PyObject *front_add_file(Front *self, PyObject *args)
+{
+    unsigned long long number;
+    Py_buffer ends, fragments, sizes, offsets;
+
+    if (!PyArg_ParseTuple(args, "Ky*y*y*y*", &number, &ends, &fragments, &sizes, &offsets))
+        return NULL;
+    struct file *file = calloc(1, sizeof *file);
+    size_t count = (size_t)ends.len / 8;
+    bool failed = !file;
+    if (failed) {
+        PyErr_NoMemory();
+    } else {
+        failed = take_buffer(&ends, count, 8, (void **)&file->ends) < 0 ||
+                 take_buffer(&fragments, count, 8, (void **)&file->fragments) < 0 ||
+                 take_buffer(&sizes, count, 4, (void **)&file->sizes) < 0 ||
+                 take_buffer(&offsets, count, 4, (void **)&file->offsets) < 0;
+    }
+    PyBuffer_Release(&ends);
+    PyBuffer_Release(&fragments);
+    PyBuffer_Release(&sizes);
+    PyBuffer_Release(&offsets);
+    if (failed) {
+        if (file)
+            free_file(file);
+        return NULL;
+    }
+    file->number = number;
+    file->extents = count;
+    file->size = count ? file->ends[count - 1] : 0;
+    pthread_mutex_lock(&self->lock);
+    struct file **at = find_file(self, number);
+    if (*at) {
+        free_file(file); /* it is there: contents never change */
+    } else {
+        file->next = *at;
+        *at = file;
+    }
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
+}
+
+static PyObject *front_remove_file(Front *self, PyObject *args)
+{
+    unsigned long long number;
+
+    if (!PyArg_ParseTuple(args, "K", &number))
+        return NULL;
+    pthread_mutex_lock(&self->lock);
+    struct file **at = find_file(self, number);
+    struct file *file = *at;
+    if (file)
+        *at = file->next;
+    pthread_mutex_unlock(&self->lock);
+    if (file)
+        free_file(file); /* its extents are only looked at under the lock */
+    Py_RETURN_NONE;
+}
+
+static PyObject *front_holds(Front *self, PyObject *args)
+{
+    long long fragment;
+
+    if (!PyArg_ParseTuple(args, "L", &fragment))
+        return NULL;
+    pthread_mutex_lock(&self->lock);
+    struct slot *slot = find_slot(self, fragment);
+    if (slot)
+        slot->used = ++self->clock;
+    pthread_mutex_unlock(&self->lock);
+    return PyBool_FromLong(slot != NULL);
+}
+
+static PyObject *give(Front *self, int64_t fragment, int descriptor, char *copy, size_t size)
+{
+    struct slot *slot = NULL;
+
+    pthread_mutex_lock(&self->lock);
+    if (fragment > 0 && size <= self->bytes_max && !find_slot(self, fragment)) {
+        while (self->bytes_held + size > self->bytes_max || !(slot = find_slot(self, 0))) {
+            struct slot *oldest = oldest_slot(self);
+            if (!oldest)
+                break;
+            empty_slot(self, oldest);
+        }
+    }
+    if (slot) {
+        *slot = (struct slot){fragment, ++self->clock, 0, descriptor, copy, size};
+        self->bytes_held += size;
+    }
+    pthread_mutex_unlock(&self->lock);
+    if (!slot) {
+        if (descriptor >= 0)
+            close(descriptor);
+        free(copy);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *front_give_file(Front *self, PyObject *args)
+{
+    long long fragment, size;
+    int descriptor;
+
+    if (!PyArg_ParseTuple(args, "LiL", &fragment, &descriptor, &size))
+        return NULL;
+    int own = fcntl(descriptor, F_DUPFD_CLOEXEC, 3);
+    if (own < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return give(self, fragment, own, NULL, (size_t)size);
+}
+
+static PyObject *front_give_bytes(Front *self, PyObject *args)
+{
+    long long fragment;
+    Py_buffer raw;
+    void *copy;
+
+    if (!PyArg_ParseTuple(args, "Ly*", &fragment, &raw))
+        return NULL;
+    size_t size = (size_t)raw.len;
+    int failed = take_buffer(&raw, size, 1, &copy);
+    PyBuffer_Release(&raw);
+    return failed ? NULL : give(self, fragment, -1, copy, size);
+}
+
+static PyObject *front_answer(Front *self, PyObject *args)
+{
+    unsigned long long unique, number, offset;
+    unsigned long size;
+    bool answered;
+
+    if (!PyArg_ParseTuple(args, "KKKk", &unique, &number, &offset, &size))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (self->answering.pipe_in < 0)
+        open_pipe(&self->answering);
+    answered = answer_read(self, &self->answering, unique, number, offset, size);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(answered);
+}
+
+static PyObject *front_serve(Front *self, PyObject *unused)
+{
+    int error;
+
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    error = serve(self);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(error);
+}
+
+/* What pyfuse3 answers goes to the kernel, one message a reply, until the socket is shut down. */
+static PyObject *front_relay(Front *self, PyObject *unused)
+{
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    char *reply = malloc(REQUEST_BYTES_MAX);
+    while (reply) {
+        ssize_t size = recv(self->requests, reply, REQUEST_BYTES_MAX, 0);
+        if (size < 0 && errno == EINTR)
+            continue;
+        if (size <= 0)
+            break;
+        while (write(self->device, reply, (size_t)size) < 0 && errno == EINTR)
+            ;
+    }
+    free(reply);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *front_stop(Front *self, PyObject *unused)
+{
+    uint64_t one = 1;
+
+    (void)unused;
+    (void)!write(self->stop, &one, sizeof one);
+    shutdown(self->requests, SHUT_RDWR);
+    Py_RETURN_NONE;
+}
+
+static PyObject *front_counters(Front *self, PyObject *unused)
+{
+    (void)unused;
+    pthread_mutex_lock(&self->lock);
+    unsigned long long reads = self->reads, bytes_returned = self->bytes_returned;
+    pthread_mutex_unlock(&self->lock);
+    return Py_BuildValue("KK", reads, bytes_returned);
+}
+
+static int front_init(Front *self, PyObject *args, PyObject *keywords)
+{
+    long long bytes_max;
+
+    (void)keywords;
+    if (!PyArg_ParseTuple(args, "iiiL", &self->device, &self->requests, &self->records, &bytes_max))
+        return -1;
+    self->bytes_max = (size_t)bytes_max;
+    self->serving.pipe_in = self->answering.pipe_in = -1;
+    for (int i = 0; i < SLOTS; i++)
+        self->slots[i].descriptor = -1;
+    pthread_mutex_init(&self->lock, NULL);
+    self->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (self->stop < 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    return 0;
+}
+
+static void front_dealloc(Front *self)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+
+    for (int i = 0; i < SLOTS; i++)
+        if (self->slots[i].fragment)
+            empty_slot(self, &self->slots[i]);
+    for (int i = 0; i < BUCKETS; i++)
+        while (self->files[i]) {
+            struct file *next = self->files[i]->next;
+            free_file(self->files[i]);
+            self->files[i] = next;
+        }
+    close_pipe(&self->serving);
+    close_pipe(&self->answering);
+    free(self->serving.buffer);
+    free(self->answering.buffer);
+    if (self->stop > 0)
+        close(self->stop);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef front_methods[] = {
+    {"serve", (PyCFunction)front_serve, METH_NOARGS,
+     "serve(): take requests until the mount ends, in a thread of its own; gives an errno, or 0"},
+    {"relay", (PyCFunction)front_relay, METH_NOARGS,
+     "relay(): send on what pyfuse3 answers, in a thread of its own, until stop()"},
+    {"stop", (PyCFunction)front_stop, METH_NOARGS, "stop(): have both threads return"},
+    {"add_file", (PyCFunction)front_add_file, METH_VARARGS,
+     "add_file(number, ends, fragments, sizes, offsets): a file that is open, by columns of its"
+     " extents: u64, i64, u32, u32"},
+    {"remove_file", (PyCFunction)front_remove_file, METH_VARARGS,
+     "remove_file(number): nobody has it open any more"},
+    {"holds", (PyCFunction)front_holds, METH_VARARGS,
+     "holds(fragment): whether it was given and is still held"},
+    {"give_file", (PyCFunction)front_give_file, METH_VARARGS,
+     "give_file(fragment, descriptor, size): its bytes are at the start of an open file"},
+    {"give_bytes", (PyCFunction)front_give_bytes, METH_VARARGS,
+     "give_bytes(fragment, raw): its bytes, which are copied"},
+    {"answer", (PyCFunction)front_answer, METH_VARARGS,
+     "answer(unique, number, offset, size): answer a read that was missed; False if it cannot"},
+    {"counters", (PyCFunction)front_counters, METH_NOARGS, "counters(): (reads, bytes returned)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot front_slots[] = {
+    {Py_tp_doc, "Front(device, requests, records, bytes_max): see _front.c"},
+    {Py_tp_init, front_init},
+    {Py_tp_dealloc, front_dealloc},
+    {Py_tp_methods, front_methods},
+    {0, NULL},
+};
+
+static PyType_Spec front_spec = {"fragfs.mount._front.Front", sizeof(Front), 0,
+                                 Py_TPFLAGS_DEFAULT, front_slots};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_front", "Takes the kernel's requests; see _front.c.", 0, NULL,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__front(void)
+{
+    PyObject *created = PyModule_Create(&module);
+    if (!created)
+        return NULL;
+    PyObject *type = PyType_FromSpec(&front_spec);
+    /* front.py uses no module of another version: a file built for older sources. */
+    if (!type || PyModule_AddObjectRef(created, "Front", type) ||
+        PyModule_AddIntConstant(created, "VERSION", 1)) {
+        Py_XDECREF(type);
+        Py_DECREF(created);
+        return NULL;
+    }
+    Py_DECREF(type);
+    return created;
+}

@@ -1,0 +1,177 @@
+"""The front of a mount: compiled code that takes the kernel's requests and answers most reads.
+
+pyfuse3 opens the session, then gets a socket in the place of its device: what it reads there are
+the requests that are no reads, and what it writes there goes to the kernel. A read is answered at
+once, without the interpreter, if its fragments were given to the front; else the event loop gets
+them, gives them, and has the read answered then. Whoever decodes ahead gives ahead, so that most
+reads never come here but as a note of where their reader is.
+
+Where the module was not built there is no front, and pyfuse3 hands every read to
+`mount.operations`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import threading
+from types import ModuleType
+from typing import Protocol
+
+import trio
+from pyfuse3 import FUSEError
+
+from fragfs.cache.shared import FragmentFile
+from fragfs.library.extents import OpenContent
+from fragfs.mount.device import OUT_HEADER, find_device
+
+__all__ = ["Front", "Reads", "find_front_module"]
+
+_VERSION = 1
+"""Of the module and what it takes; raised with every change to it, here and in the source."""
+
+_RECORD = struct.Struct("=QQQII")
+"""Request, content, offset, size, kind; of the last kind: an errno in the place of the size."""
+
+_SERVED, _MISSED, _ENDED = range(3)
+_HELD_BYTES_MAX = 96 << 20
+"""Of open files of the cache, which keeps their memory although they may have been evicted."""
+
+_COPIED_BYTES_MAX = 64 << 10
+"""Fragments at hand as bytes are given up to this size: giving them makes a copy."""
+
+_RECORDS_BYTES = 64 << 10
+_SOCKET_BYTES = 1 << 20
+_ENDS_S_MAX = 1.0
+
+
+def find_front_module() -> ModuleType | None:
+    """The compiled module, or None."""
+    try:
+        from fragfs.mount import _front  # type: ignore[attr-defined]  # compiled, no stub
+    except ImportError:
+        return None
+    module: ModuleType = _front
+    # A file built for older sources is as good as none.
+    return module if getattr(module, "VERSION", None) == _VERSION else None
+
+
+class Reads(Protocol):
+    """Who knows of contents and fragments; `mount.operations` in a mount."""
+
+    def note_read(self, handle: int, offset: int, size: int) -> None:
+        """Learn of a read; called for each, in the order in which they came."""
+
+    async def prepare_read(self, handle: int, offset: int, size: int) -> None:
+        """Have the front given what a read needs, where that is possible; never fails."""
+
+    async def read_content(self, handle: int, offset: int, size: int) -> memoryview | bytearray:
+        """The bytes of a read; raises FUSEError."""
+
+
+class Front:
+    """Answers the reads of this process's one FUSE session. Belongs to the event loop's thread.
+
+    Takes the session over: from now on its descriptor is a socket.
+
+    Args:
+        module: From `find_front_module`.
+
+    Raises:
+        OSError: The system refused a descriptor.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        session = find_device()
+        self.device = fcntl.fcntl(session, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.set_blocking(self.device, False)
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._records, self._records_in = os.pipe()
+        with theirs:
+            for end in (self._requests, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+            os.dup2(theirs.fileno(), session, inheritable=False)
+        self._front = module.Front(
+            self.device, self._requests.fileno(), self._records_in, _HELD_BYTES_MAX
+        )
+        # The one that takes requests waits without the interpreter's lock, and so does the other.
+        self._threads = [
+            threading.Thread(target=run, name=f"fragfs front {name}", daemon=True)
+            for name, run in (("serve", self._front.serve), ("relay", self._front.relay))
+        ]
+
+    async def run(self, reads: Reads) -> int:
+        """Serve until the mount has ended.
+
+        Args:
+            reads: Who is told of reads, and gets what is not held.
+
+        Returns:
+            The errno that ended it, or 0 after `close`.
+        """
+        for thread in self._threads:
+            thread.start()
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(self._records)
+                records = os.read(self._records, _RECORDS_BYTES)
+                for request, content, offset, size, kind in _RECORD.iter_unpack(records):
+                    if kind == _ENDED:
+                        nursery.cancel_scope.cancel()
+                        return int(size)
+                    reads.note_read(content, offset, size)
+                    if kind == _MISSED:
+                        nursery.start_soon(self._answer, reads, request, content, offset, size)
+
+    async def _answer(
+        self, reads: Reads, request: int, content: int, offset: int, size: int
+    ) -> None:
+        try:
+            await reads.prepare_read(content, offset, size)
+            if self._front.answer(request, content, offset, size):
+                return
+            data = await reads.read_content(content, offset, size)
+            reply = [OUT_HEADER.pack(OUT_HEADER.size + len(data), 0, request), data]
+        except FUSEError as error:
+            reply = [OUT_HEADER.pack(OUT_HEADER.size, -error.errno, request)]
+        with contextlib.suppress(OSError):  # nobody waits for it any more
+            os.writev(self.device, reply)
+
+    def close(self) -> None:
+        """Stop, and give up the device; whoever still reads gets errors from now on."""
+        self._front.stop()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(_ENDS_S_MAX)
+        self._requests.close()
+        for descriptor in (self.device, self._records, self._records_in):
+            os.close(descriptor)
+
+    def counters(self) -> tuple[int, int]:
+        """Reads it answered, and the bytes of them."""
+        reads, bytes_returned = self._front.counters()
+        return reads, bytes_returned
+
+    def open_file(self, content: OpenContent) -> None:
+        """Tell it of a file that is open."""
+        sizes, offsets, _ = content.extents.columns()
+        ends, fragments = content.extents.ends, content.extents.fragments
+        self._front.add_file(content.number, ends, fragments, sizes, offsets)
+
+    def close_file(self, number: int) -> None:
+        """Tell it that nobody has a file open any more."""
+        self._front.remove_file(number)
+
+    def holds(self, fragment: int) -> bool:
+        """Whether it can answer reads of a fragment, and will be able to for some time."""
+        return bool(self._front.holds(fragment))
+
+    def give(self, fragment: int, raw: memoryview | FragmentFile) -> None:
+        """Have it answer reads of a fragment."""
+        if isinstance(raw, FragmentFile):
+            self._front.give_file(fragment, raw.fileno(), raw.nbytes)
+        elif raw.nbytes <= _COPIED_BYTES_MAX:
+            self._front.give_bytes(fragment, raw)
