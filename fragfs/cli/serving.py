@@ -68,14 +68,14 @@ _READ_AHEAD_DEFAULT_KB = 128
 @click.option(
     "--prefill/--no-prefill",
     default=True,
-    help="Whether to fill the kernel's page cache ahead of readers.",
+    help="Whether to decode, and to fill the kernel's page cache, ahead of readers.",
 )
 @click.option(
     "--read-ahead",
     "read_ahead_kb",
     type=click.IntRange(0, 1 << 20),
     metavar="KIB",
-    help="How far the kernel reads ahead; only root may say. 0 leaves it. [default: 1024]",
+    help="How far the kernel reads ahead; only root may say. 0 leaves it. [default: 512]",
 )
 @click.option(
     "--log-file",

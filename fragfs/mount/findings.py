@@ -1,7 +1,7 @@
 """What is to be said about a mount and the machine it is on. Pure: facts in, findings out.
 
 Source of the figures on read-ahead: two cores, Linux 6.18, 2026-11: at 128 KiB requests arrive with
-128 KiB, at 1024 with 1 MiB, the most that fs.fuse.max_pages_limit of 256 allows.
+128 KiB, at 512 with 512 KiB; fs.fuse.max_pages_limit of 256 would allow 1 MiB.
 """
 
 from __future__ import annotations
@@ -295,6 +295,7 @@ def examine_mount(facts: MountFacts, system: SystemFacts) -> list[Finding]:
         status = facts.answer.status
         if status is not None:
             found += _cache(facts, status, system)
+            found += _front(status)
             found += _prefill(status, system)
             found += _decoders(facts, status)
             found += _errors(status)
@@ -505,6 +506,18 @@ def _cache(facts: MountFacts, status: dict[str, Any], system: SystemFacts) -> It
     else:
         kind = "in memory" if cache["in_memory"] else "on disk, as --cache-dir says"
         yield Finding(Severity.OK, "cache", f"{kind}: {text}")
+
+
+def _front(status: dict[str, Any]) -> Iterator[Finding]:
+    if status.get("front", True):
+        return
+    yield Finding(
+        Severity.ADVICE,
+        "reads",
+        "go through the interpreter, which takes two to three times as long: the compiled part of"
+        " fragfs was not built",
+        "install a C compiler and Linux's headers, then fragfs again",
+    )
 
 
 def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:

@@ -12,7 +12,8 @@ from fragfs.errors import UsageError
 __all__ = ["READ_AHEAD_KB", "MountOptions"]
 
 READ_AHEAD_KB = 512
-"""Requests of 1 MiB, the most the kernel sends; by default they have 128 KiB."""
+"""Requests have 128 KiB by default, and 1 MiB at most; but that and a header are more than a pipe
+takes at once, and are copied once more on their way."""
 
 _UMASK_DEFAULT = 0o222
 _PATHS = ("library", "mountpoint", "cache_directory", "cache_on_disk", "log_file")

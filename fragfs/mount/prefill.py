@@ -397,7 +397,7 @@ class Prefill:
         """Whether the pages of a window are stored, rather than only made ready to be answered.
 
         The front answers a request for less than a store of as many pages takes; but a page that is
-        touched at random is asked for alone, and its neighbours are there at once if they are stored.
+        touched at random is asked for alone, and its neighbours are there if they are stored.
         """
         return window.stream is None or (self._offer is None and followed.is_storing)
 

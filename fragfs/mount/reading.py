@@ -175,6 +175,7 @@ class MountReading:
             "decodes": fetched.decodes,
             "bytes_decoded": fetched.decoded_bytes,
             "waiting": fetched.flights,
+            "front": self._front is not None,
             "options": self._asked(),
             "cache": None,
             "prefill": None,

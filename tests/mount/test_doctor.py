@@ -118,7 +118,7 @@ def test_a_mount_from_its_birth_to_its_death(mounts, library_path, tmp_path):
     done = repair(diagnosis, caches=False)
     if os.geteuid() == 0:
         assert [tried.error for tried in done] == [None] * len(done)
-        assert find_mount(place).read_ahead_kb == 1024
+        assert find_mount(place).read_ahead_kb == 512
         assert repair(diagnose(entries), caches=False) == []
 
     os.kill(report.pid, signal.SIGSTOP)

@@ -183,7 +183,7 @@ def test_read_ahead():
     finding = of_mount("read-ahead", read_ahead_kb=128)
     assert finding.severity is Severity.ADVICE
     assert "the kernel's default" in finding.text
-    assert finding.remedy == "as root: echo 1024 > /sys/class/bdi/0:42/read_ahead_kb"
+    assert finding.remedy == "as root: echo 512 > /sys/class/bdi/0:42/read_ahead_kb"
     root = dataclasses.replace(SYSTEM, is_root=True)
     assert "doctor --fix /mnt/m" in of_mount("read-ahead", root, read_ahead_kb=128).remedy
     assert of_mount("read-ahead", read_ahead_kb=None).severity is Severity.OK
@@ -261,6 +261,11 @@ def test_the_way_to_prefill_where_nobody_may_abort():
     status = STATUS | {"prefill": PREFILL | {"pid": None}}
     bare = dataclasses.replace(SYSTEM, has_control=False)
     assert "mount -t fusectl" in of_mount("prefill", bare, status=status).remedy
+
+
+def test_reads_without_the_compiled_part():
+    assert of_mount("reads", status=STATUS | {"front": False}).severity is Severity.ADVICE
+    assert "reads" not in {finding.topic for finding in examine_mount(mount(), SYSTEM)}
 
 
 def test_decoders():

@@ -114,6 +114,32 @@ def test_h27_every_file_in_every_way(mounts, made):
     assert status["waiting"] == 0
 
 
+def test_without_the_compiled_front(made, tmp_path):
+    """Every read goes through pyfuse3 and the interpreter, and windows are stored ahead."""
+    place = tmp_path / "place"
+    place.mkdir()
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "tests.mount.plain_daemon", made[0], place],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: find_mount(place) is not None, 20)
+        for mode in readers.MODES:
+            drop_pages(place)
+            read_all(mode, place, made[1])
+        status = read_status(place)
+        assert not status["front"]
+        if status["prefill"]["pid"] is not None:
+            assert status["prefill"]["pushed_bytes"] > 0
+        unmount(place)
+        assert daemon.wait(10) == 0
+    finally:
+        if find_mount(place) is not None:
+            unmount(place, lazy=True)
+        daemon.kill()
+        daemon.wait()
+
+
 @pytest.mark.parametrize("mode", ["read", "map", "map threads", "map random"])
 @pytest.mark.parametrize(
     "options",
@@ -323,11 +349,10 @@ def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
 
     None reads with MAP_POPULATE: see `readers.py`.
     """
-    # Nothing is stored where requests are wide.
-    report = mounts(made[0], cache_bytes_max=8 << 20, read_ahead_kb=128)
+    report = mounts(made[0], cache_bytes_max=8 << 20)
     reading = [
         start_reader(mode, report.mountpoint, made[1], "600")
-        for mode in ("map", "map threads", "read", "map sequential")
+        for mode in ("map", "map threads", "read", "map random")
     ]
     for reader in reading:
         assert reader.stdout.read(1) == "."
@@ -366,8 +391,7 @@ def test_the_daemon_is_killed_while_readers_wait_for_it(mounts, made, victim):
 
 
 def test_a_pusher_that_is_killed_is_reaped_and_another_one_stores(mounts, made):
-    # With wide requests readers are only decoded ahead for.
-    report = mounts(made[0], cache_bytes_max=256 << 20, read_ahead_kb=128)
+    report = mounts(made[0], cache_bytes_max=256 << 20)
     for _ in range(3):
         _, pusher = helpers_of(report.mountpoint)
         if pusher is None:
@@ -383,7 +407,7 @@ def test_a_pusher_that_is_killed_is_reaped_and_another_one_stores(mounts, made):
         while status["pushed_bytes"] == before["pushed_bytes"]:
             assert time.monotonic() < deadline
             drop_pages(report.mountpoint)
-            read_all("map sequential", report.mountpoint, made[1])
+            read_all("map random", report.mountpoint, made[1])
             status = read_status(report.mountpoint)["prefill"]
         assert status["pid"] == before["pid"]
     last = status["pid"]

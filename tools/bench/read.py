@@ -76,7 +76,7 @@ _NEW_MOUNTS = ("cold", "b", "a_new")
 
 WIDE_METHODS = ("load", "read", "mmap", "sequential", "populate", "shuffled")
 _READ_AHEAD_KB = 128
-_WIDE_READ_AHEAD_KB = 1024
+_WIDE_READ_AHEAD_KB = 512
 _ROUNDS_MAX = 3
 _BUDGET_S = 480
 """No round is started that would end later, on a slow or busy machine."""

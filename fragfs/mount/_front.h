@@ -1,0 +1,83 @@
+/* What the two files of the front share: _reads.c holds fragments and answers reads with them,
+ * _front.c takes requests and is what Python sees. */
+#ifndef FRAGFS_FRONT_H
+#define FRAGFS_FRONT_H
+
+#define _GNU_SOURCE
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#define SLOTS 256
+#define BUCKETS 1024
+#define NOTES_MAX 16
+
+/* What the event loop is told; front.py unpacks it. */
+enum { SERVED = 0, MISSED = 1, ENDED = 2 };
+
+struct record {
+    uint64_t unique, number, offset;
+    uint32_t size, kind;
+};
+
+/* Bytes of a fragment: an open file of the cache, or a copy. */
+struct slot {
+    int64_t fragment; /* 0: empty */
+    uint64_t used;
+    unsigned pins;
+    int descriptor;
+    char *copy;
+    size_t size;
+};
+
+struct file {
+    struct file *next;
+    uint64_t number, size;
+    size_t extents;
+    uint64_t *ends;      /* of each extent, in the file */
+    int64_t *fragments;
+    uint32_t *sizes, *offsets;
+};
+
+/* What one thread needs to answer. */
+struct worker {
+    int pipe_out, pipe_in;
+    size_t pipe_pages;
+    char *buffer;
+    size_t buffer_size;
+};
+
+typedef struct {
+    PyObject_HEAD
+    int device, requests, records, stop;
+    pthread_mutex_t lock; /* of all that follows */
+    struct slot slots[SLOTS];
+    struct file *files[BUCKETS];
+    size_t bytes_held, bytes_max;
+    uint64_t clock, reads, bytes_returned;
+    struct worker serving;   /* of the thread in `serve` */
+    struct worker answering; /* of who calls `answer`, one at a time */
+    struct record notes[NOTES_MAX + 1];
+    int noted;
+    size_t noted_bytes;
+    int64_t told_ns;
+} Front;
+
+/* Answers a read from what is held; false if some of it is not, or cannot be read. */
+bool answer_read(Front *front, struct worker *worker, uint64_t unique, uint64_t number,
+                 uint64_t offset, size_t size);
+
+void open_pipe(struct worker *worker);
+void close_pipe(struct worker *worker);
+
+/* The lock is held by who calls these. */
+struct file **find_file(Front *front, uint64_t number);
+struct slot *find_slot(Front *front, int64_t fragment);
+struct slot *oldest_slot(Front *front);
+void empty_slot(Front *front, struct slot *slot);
+void free_file(struct file *file);
+
+#endif

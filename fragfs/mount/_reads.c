@@ -1,0 +1,269 @@
+/* The fragments that the front holds, and the replies that are made of them. */
+
+#include "_front.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define PIPE_BYTES (2 << 20)          /* the largest read, where a user may have as much */
+#define COPIED_BYTES_MAX (32u << 10)  /* up to here a copy costs less than a pipe */
+#define PAGE_BYTES 4096u
+#define PIECES_MAX 64
+
+struct piece {
+    struct slot *slot;
+    uint64_t start;
+    size_t size;
+};
+
+/* --- replies */
+
+void close_pipe(struct worker *worker)
+{
+    if (worker->pipe_in >= 0) {
+        close(worker->pipe_in);
+        close(worker->pipe_out);
+    }
+    worker->pipe_in = worker->pipe_out = -1;
+    worker->pipe_pages = 0;
+}
+
+void open_pipe(struct worker *worker)
+{
+    int ends[2];
+
+    close_pipe(worker);
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return;
+    worker->pipe_out = ends[0];
+    worker->pipe_in = ends[1];
+    if (fcntl(worker->pipe_in, F_SETPIPE_SZ, PIPE_BYTES) < 0)
+        (void)fcntl(worker->pipe_in, F_SETPIPE_SZ, PIPE_BYTES / 2);
+    int size = fcntl(worker->pipe_in, F_GETPIPE_SZ);
+    worker->pipe_pages = size > 0 ? (size_t)size / PAGE_BYTES : 0;
+}
+
+static char *space(struct worker *worker, size_t size)
+{
+    if (size > worker->buffer_size) {
+        free(worker->buffer);
+        worker->buffer = malloc(size);
+        worker->buffer_size = worker->buffer ? size : 0;
+    }
+    return worker->buffer;
+}
+
+static bool read_all(int descriptor, char *into, size_t size, uint64_t start)
+{
+    while (size) {
+        ssize_t got = pread(descriptor, into, size, (off_t)start);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return false;
+        into += got;
+        start += (uint64_t)got;
+        size -= (size_t)got;
+    }
+    return true;
+}
+
+/* Whether a failed reply leaves nothing to be said: nobody waits for it, or nobody is there. */
+static bool is_over(void)
+{
+    return errno == ENOENT || errno == ENODEV || errno == ECONNABORTED;
+}
+
+static bool reply_copied(Front *front, struct worker *worker, struct fuse_out_header *header,
+                         const struct piece *pieces, int count, size_t size)
+{
+    char *at = space(worker, size);
+
+    if (!at && size)
+        return false;
+    for (int i = 0; i < count; i++) {
+        const struct slot *slot = pieces[i].slot;
+        if (slot->copy)
+            memcpy(at, slot->copy + pieces[i].start, pieces[i].size);
+        else if (!read_all(slot->descriptor, at, pieces[i].size, pieces[i].start))
+            return false;
+        at += pieces[i].size;
+    }
+    struct iovec parts[2] = {{header, sizeof *header}, {worker->buffer, size}};
+    return writev(front->device, parts, size ? 2 : 1) >= 0 || is_over();
+}
+
+/* The pages of the cache's files go out as they are. False if they do not: nothing is sent then. */
+static bool reply_spliced(Front *front, struct worker *worker, struct fuse_out_header *header,
+                          const struct piece *pieces, int count)
+{
+    if (write(worker->pipe_in, header, sizeof *header) != (ssize_t)sizeof *header)
+        goto failed;
+    for (int i = 0; i < count; i++) {
+        const struct slot *slot = pieces[i].slot;
+        size_t rest = pieces[i].size;
+        off_t start = (off_t)pieces[i].start;
+        if (slot->copy) {
+            if (write(worker->pipe_in, slot->copy + start, rest) != (ssize_t)rest)
+                goto failed;
+            continue;
+        }
+        while (rest) {
+            ssize_t moved = splice(slot->descriptor, &start, worker->pipe_in, NULL, rest, 0);
+            if (moved < 0 && errno == EINTR)
+                continue;
+            if (moved <= 0)
+                goto failed;
+            rest -= (size_t)moved;
+        }
+    }
+    if (splice(worker->pipe_out, NULL, front->device, NULL, header->len, 0) >= 0)
+        return true;
+    bool over = is_over();
+    open_pipe(worker); /* what may be left in it would become part of the next reply */
+    return over;
+failed:
+    open_pipe(worker);
+    return false;
+}
+
+static size_t pages_of(const struct piece *pieces, int count)
+{
+    size_t pages = 1; /* of the header */
+
+    for (int i = 0; i < count; i++)
+        pages += (pieces[i].start % PAGE_BYTES + pieces[i].size + PAGE_BYTES - 1) / PAGE_BYTES;
+    return pages;
+}
+
+/* --- what is held; the lock is held by the caller */
+
+void empty_slot(Front *front, struct slot *slot)
+{
+    front->bytes_held -= slot->size;
+    if (slot->descriptor >= 0)
+        close(slot->descriptor);
+    free(slot->copy);
+    memset(slot, 0, sizeof *slot);
+    slot->descriptor = -1;
+}
+
+struct slot *find_slot(Front *front, int64_t fragment)
+{
+    for (int i = 0; i < SLOTS; i++)
+        if (front->slots[i].fragment == fragment)
+            return &front->slots[i];
+    return NULL;
+}
+
+/* The one that was not used for longest; NULL if all are in use now. */
+struct slot *oldest_slot(Front *front)
+{
+    struct slot *oldest = NULL;
+
+    for (int i = 0; i < SLOTS; i++) {
+        struct slot *slot = &front->slots[i];
+        if (slot->fragment && !slot->pins && (!oldest || slot->used < oldest->used))
+            oldest = slot;
+    }
+    return oldest;
+}
+
+struct file **find_file(Front *front, uint64_t number)
+{
+    struct file **at = &front->files[number % BUCKETS];
+
+    while (*at && (*at)->number != number)
+        at = &(*at)->next;
+    return at;
+}
+
+void free_file(struct file *file)
+{
+    free(file->ends);
+    free(file->fragments);
+    free(file->sizes);
+    free(file->offsets);
+    free(file);
+}
+
+/* Cuts a read into pieces of what is held, and pins them; -1 if some of it is not. */
+static int pin_pieces(Front *front, struct file *file, uint64_t offset, size_t size,
+                      struct piece *pieces)
+{
+    size_t low = 0, high = file->extents;
+    int count = 0;
+
+    while (low < high) { /* the extent that holds the first byte */
+        size_t middle = low + (high - low) / 2;
+        if (file->ends[middle] <= offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (size_t i = low; size; i++) {
+        if (i >= file->extents || count == PIECES_MAX)
+            goto missed;
+        uint64_t skipped = offset - (file->ends[i] - file->sizes[i]);
+        size_t taken = file->sizes[i] - (size_t)skipped;
+        if (taken > size)
+            taken = size;
+        struct slot *slot = find_slot(front, file->fragments[i]);
+        uint64_t start = file->offsets[i] + skipped;
+        if (!slot || start + taken > slot->size)
+            goto missed;
+        slot->pins++;
+        slot->used = ++front->clock;
+        pieces[count++] = (struct piece){slot, start, taken};
+        offset += taken;
+        size -= taken;
+    }
+    return count;
+missed:
+    while (count)
+        pieces[--count].slot->pins--;
+    return -1;
+}
+
+/* --- reads */
+
+bool answer_read(Front *front, struct worker *worker, uint64_t unique, uint64_t number,
+                 uint64_t offset, size_t size)
+{
+    struct piece pieces[PIECES_MAX];
+
+    pthread_mutex_lock(&front->lock);
+    struct file *file = *find_file(front, number);
+    if (!file) {
+        pthread_mutex_unlock(&front->lock);
+        return false;
+    }
+    if (offset >= file->size)
+        size = 0;
+    else if (size > file->size - offset)
+        size = (size_t)(file->size - offset);
+    int count = pin_pieces(front, file, offset, size, pieces);
+    pthread_mutex_unlock(&front->lock);
+    if (count < 0)
+        return false;
+
+    struct fuse_out_header header = {(uint32_t)(sizeof header + size), 0, unique};
+    bool answered = false;
+    if (size > COPIED_BYTES_MAX && pages_of(pieces, count) <= worker->pipe_pages)
+        answered = reply_spliced(front, worker, &header, pieces, count);
+    if (!answered)
+        answered = reply_copied(front, worker, &header, pieces, count, size);
+
+    pthread_mutex_lock(&front->lock);
+    for (int i = 0; i < count; i++)
+        pieces[i].slot->pins--;
+    front->reads += answered;
+    front->bytes_returned += answered ? size : 0;
+    pthread_mutex_unlock(&front->lock);
+    return answered;
+}

@@ -1,0 +1,367 @@
+"""The compiled front, with a socket for the device: requests in, replies out."""
+
+import array
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+
+from fragfs.mount.front import find_front_module
+
+MODULE = find_front_module()
+pytestmark = pytest.mark.skipif(MODULE is None, reason="the compiled front was not built")
+
+IN_HEADER = struct.Struct("=IIQQIIIHH")
+READ_IN = struct.Struct("=QQIIQII")
+OUT_HEADER = struct.Struct("=IiQ")
+RECORD = struct.Struct("=QQQII")
+SERVED, MISSED, ENDED = range(3)
+LOOKUP, READ, READDIR, INTERRUPT, READDIRPLUS = 1, 15, 28, 36, 44
+
+FILE = 7
+PARTS = [os.urandom(200_000), os.urandom(5), os.urandom(90_000)]
+WHOLE = b"".join(PARTS)
+
+
+class Bench:
+    """A front between a kernel, pyfuse3 and an event loop that are this test."""
+
+    def __init__(self, directory, bytes_max=1 << 30, *, is_blocking=True):
+        self._directory = directory
+        # A stream: what a reply consists of may come in pieces, as its header says how long it is.
+        self.kernel, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        # A device takes a reply whole or not at all; a socket only if it may block.
+        self._device.setblocking(is_blocking)
+        requests, self.pyfuse3 = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.records, records_in = os.pipe()
+        self._requests, self._records_in = requests, records_in
+        for end in (self.kernel, self.pyfuse3):
+            end.settimeout(20)
+        self.front = MODULE.Front(self._device.fileno(), requests.fileno(), records_in, bytes_max)
+        self.ended_with = []
+        self._threads = [
+            threading.Thread(target=lambda: self.ended_with.append(self.front.serve())),
+            threading.Thread(target=self.front.relay),
+        ]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.kernel.close()
+        self.front.stop()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self.front = None
+        self._threads = []
+        for end in (self._device, self._requests, self.pyfuse3):
+            end.close()
+        os.close(self.records)
+        os.close(self._records_in)
+
+    def add_file(self, number, sizes, fragments=None, offsets=None):
+        ends = array.array("q")
+        for size in sizes:
+            ends.append((ends[-1] if ends else 0) + size)
+        self.front.add_file(
+            number,
+            ends,
+            array.array("q", fragments or range(1, len(sizes) + 1)),
+            array.array("I", sizes),
+            array.array("I", offsets or [0] * len(sizes)),
+        )
+
+    def give_file(self, fragment, raw):
+        path = self._directory / f"{fragment}"
+        path.write_bytes(raw + b"what follows is not the fragment's")
+        with path.open("rb") as file:
+            self.front.give_file(fragment, file.fileno(), len(raw))
+
+    def give_parts(self):
+        """The file of this test: in files of the cache, but for the smallest piece."""
+        self.add_file(FILE, [len(part) for part in PARTS])
+        self.give_file(1, PARTS[0])
+        self.front.give_bytes(2, PARTS[1])
+        self.give_file(3, PARTS[2])
+
+    def ask(self, opcode, unique, body=b""):
+        header = IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, FILE, 0, 0, 0, 0, 0)
+        self.kernel.sendall(header + body)
+
+    def ask_read(self, unique, offset, size, number=FILE):
+        self.ask(READ, unique, READ_IN.pack(number, offset, size, 0, 0, 0, 0))
+
+    def reply(self):
+        length, error, unique = OUT_HEADER.unpack(self._take(OUT_HEADER.size))
+        return unique, -error, self._take(length - OUT_HEADER.size)
+
+    def read(self, offset, size):
+        self.ask_read(5, offset, size)
+        unique, error, data = self.reply()
+        assert (unique, error) == (5, 0)
+        return data
+
+    def _take(self, size):
+        data = b""
+        while len(data) < size:
+            data += self.kernel.recv(size - len(data))
+        return data
+
+    def notes(self, timeout_s=20):
+        assert select.select([self.records], [], [], timeout_s)[0], (
+            "the event loop was told nothing"
+        )
+        return list(RECORD.iter_unpack(os.read(self.records, 1 << 16)))
+
+    def has_notes(self):
+        return bool(select.select([self.records], [], [], 0.05)[0])
+
+
+@pytest.fixture
+def bench(tmp_path):
+    with Bench(tmp_path) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [
+        (0, 4096),  # copied
+        (0, 131072),  # spliced from one file
+        (17, 150_001),
+        (4096, len(WHOLE)),  # over all pieces, to the end
+        (199_990, 40),  # over the small one, copied
+        (190_000, 100_000),  # spliced, with a copy in between
+        (len(WHOLE) - 3, 4096),
+        (len(WHOLE), 4096),
+        (1 << 50, 4096),
+        (0, 0),
+    ],
+)
+def test_reads_what_it_was_given(bench, offset, size):
+    bench.give_parts()
+    assert bench.read(offset, size) == WHOLE[offset : offset + size]
+    bench.notes()  # what it counts it counts before it tells of it
+    assert bench.front.counters() == (1, len(WHOLE[offset : offset + size]))
+
+
+def test_extents_that_start_within_fragments(bench):
+    bench.add_file(FILE, [1000, 70_000, 500], fragments=[9, 1, 9], offsets=[64, 4100, 0])
+    bench.give_file(9, PARTS[2])
+    bench.give_file(1, PARTS[0])
+    whole = PARTS[2][64:1064] + PARTS[0][4100:74_100] + PARTS[2][:500]
+    assert bench.read(0, 1 << 20) == whole
+    assert bench.read(990, 60_000) == whole[990:60_990]
+
+
+def test_more_pages_than_a_pipe_holds_are_copied(bench):
+    raw = os.urandom(5 << 20)
+    bench.add_file(FILE, [len(raw)])
+    bench.give_file(1, raw)
+    assert bench.read(123, 4 << 20) == raw[123 : 123 + (4 << 20)]
+
+
+def test_more_pieces_than_it_looks_at_are_missed(bench):
+    bench.add_file(FILE, [10] * 100, fragments=[1] * 100)
+    bench.front.give_bytes(1, b"0123456789")
+    bench.ask_read(5, 0, 1000)
+    assert bench.notes() == [(5, FILE, 0, 1000, MISSED)]
+    assert bench.read(0, 300) == b"0123456789" * 30
+
+
+def test_what_it_lacks_is_asked_for_and_answered_later(bench):
+    bench.add_file(FILE, [len(part) for part in PARTS])
+    bench.give_file(1, PARTS[0])
+    bench.ask_read(12, 150_000, 90_000)
+    assert bench.notes() == [(12, FILE, 150_000, 90_000, MISSED)]
+    assert not bench.front.answer(12, FILE, 150_000, 90_000)
+    bench.front.give_bytes(2, PARTS[1])
+    bench.give_file(3, PARTS[2])
+    assert bench.front.answer(12, FILE, 150_000, 90_000)
+    assert bench.reply() == (12, 0, WHOLE[150_000:240_000])
+
+
+def test_files_it_was_not_told_of_are_missed(bench):
+    bench.ask_read(3, 0, 10)
+    assert bench.notes() == [(3, FILE, 0, 10, MISSED)]
+    bench.give_parts()
+    assert bench.read(0, 10) == WHOLE[:10]
+    bench.front.remove_file(FILE)
+    bench.front.remove_file(FILE)
+    time.sleep(0.01)
+    bench.ask_read(4, 0, 10)
+    assert bench.notes()[-1] == (4, FILE, 0, 10, MISSED)
+
+
+def test_files_whose_numbers_share_a_bucket(bench):
+    for number in (1, 1025, 2049):
+        bench.add_file(number, [4], fragments=[number])
+        bench.front.give_bytes(number, b"%04d" % number)
+    bench.front.remove_file(1025)
+    for number in (1, 2049):
+        bench.ask_read(9, 0, 4, number)
+        assert bench.reply() == (9, 0, b"%04d" % number)
+
+
+def test_a_fragment_shorter_than_its_extent_is_missed(bench):
+    bench.add_file(FILE, [1000])
+    bench.give_file(1, b"too short")
+    bench.ask_read(5, 0, 1000)
+    assert bench.notes() == [(5, FILE, 0, 1000, MISSED)]
+    assert bench.read(0, 9) == b"too short"
+
+
+def test_a_file_of_the_cache_that_lost_bytes_is_missed(bench, tmp_path):
+    bench.give_parts()
+    os.truncate(tmp_path / "1", 100)
+    for size in (1000, 100_000):
+        bench.ask_read(5, 0, size)
+        assert bench.notes()[-1] == (5, FILE, 0, size, MISSED)
+    # Nothing of it was left in the pipe.
+    assert bench.read(200_005, 80_000) == PARTS[2][:80_000]
+
+
+def test_what_was_used_last_stays(tmp_path):
+    with Bench(tmp_path, bytes_max=250) as bench:
+        for fragment in (1, 2):
+            bench.front.give_bytes(fragment, bytes(100))
+        assert bench.front.holds(1)
+        bench.front.give_bytes(3, bytes(100))
+        assert [bench.front.holds(fragment) for fragment in (1, 2, 3)] == [True, False, True]
+        bench.front.give_bytes(4, bytes(251))
+        assert not bench.front.holds(4)
+        for fragment in range(10, 1000):
+            bench.front.give_bytes(fragment, b"")
+        assert bench.front.holds(999)
+        assert not bench.front.holds(10)
+
+
+def test_open_files_are_closed_with_it(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    with Bench(tmp_path) as bench:
+        for fragment in range(1, 600):
+            bench.give_file(fragment, b"x")
+        assert len(os.listdir("/proc/self/fd")) < before + 300
+        assert bench.front.holds(599)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_reads_that_go_on_are_one_note(bench):
+    bench.give_parts()
+    bench.read(0, 1)
+    assert bench.notes() == [(5, FILE, 0, 1, SERVED)]
+    for offset in range(0, 15 * 4096, 4096):  # at once: told when there is enough to say
+        bench.read(offset, 4096)
+    told = []
+    while sum(note[3] for note in told) < 15 * 4096:
+        # Whatever was late was told alone; one more read says what is left.
+        time.sleep(0.002)
+        bench.read(250_000, 1)
+        told += [note for note in bench.notes() if note[2] != 250_000]
+    assert sum(note[3] for note in told) == 15 * 4096
+    assert told[0][2] == 0
+    assert all(a[2] + a[3] == b[2] for a, b in pairwise(told))
+    assert {note[4] for note in told} == {SERVED}
+
+
+def test_other_requests_and_replies_pass_through(bench):
+    bench.ask(LOOKUP, 8, b"name\0")
+    request = bench.pyfuse3.recv(1 << 20)
+    assert IN_HEADER.unpack_from(request)[1:3] == (LOOKUP, 8)
+    assert request[IN_HEADER.size :] == b"name\0"
+    bench.pyfuse3.send(OUT_HEADER.pack(OUT_HEADER.size, -errno.ENOENT, 8))
+    assert bench.reply() == (8, errno.ENOENT, b"")
+
+
+@pytest.mark.parametrize("opcode", [READDIR, READDIRPLUS])
+def test_listings_fit_the_socket(bench, opcode):
+    bench.ask(opcode, 8, READ_IN.pack(3, 9, 1 << 20, 0, 0, 0, 0))
+    request = bench.pyfuse3.recv(1 << 20)
+    assert READ_IN.unpack_from(request, IN_HEADER.size)[:3] == (3, 9, 64 << 10)
+    bench.ask(opcode, 9, READ_IN.pack(3, 9, 4096, 0, 0, 0, 0))
+    assert READ_IN.unpack_from(bench.pyfuse3.recv(1 << 20), IN_HEADER.size)[2] == 4096
+
+
+def test_interrupts_are_dropped_and_short_reads_refused(bench):
+    bench.ask(INTERRUPT, 3, bytes(8))
+    time.sleep(0.05)
+    bench.ask(READ, 4, bytes(8))
+    assert bench.reply() == (4, errno.EIO, b"")
+
+
+def test_it_says_when_it_ends(tmp_path):
+    with Bench(tmp_path, is_blocking=False) as bench:
+        bench.front.stop()
+        assert bench.notes() == [(0, 0, 0, 0, ENDED)]
+    assert bench.ended_with == [0]
+
+
+def test_it_says_why_it_ends(tmp_path):
+    with Bench(tmp_path) as bench:
+        bench.kernel.close()
+        assert bench.notes() == [(0, 0, 0, errno.ENODEV, ENDED)]
+    assert bench.ended_with == [errno.ENODEV]
+
+
+def test_it_ends_when_nobody_takes_other_requests(tmp_path):
+    with Bench(tmp_path) as bench:
+        bench.pyfuse3.close()
+        bench.ask(LOOKUP, 8, b"name\0")
+        assert bench.notes()[-1][4] == ENDED
+
+
+def test_columns_must_be_of_one_length(bench):
+    short = array.array("I", [1])
+    with pytest.raises(ValueError, match="different lengths"):
+        bench.front.add_file(1, array.array("q", [1, 2]), array.array("q", [1, 2]), short, short)
+
+
+def test_descriptors_that_are_not_open(bench):
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        bench.front.give_file(1, 1 << 20, 10)
+
+
+def test_while_fragments_come_and_go(tmp_path):
+    """Threads give, evict and close what another one reads from."""
+    raws = {number: os.urandom(70_000 + number) for number in range(1, 9)}
+    with Bench(tmp_path, bytes_max=300_000) as bench:
+        for number, raw in raws.items():
+            bench.add_file(number, [len(raw)], fragments=[number])
+            (tmp_path / f"f{number}").write_bytes(raw)
+        stop = threading.Event()
+
+        def give():
+            while not stop.is_set():
+                for number, raw in raws.items():
+                    with (tmp_path / f"f{number}").open("rb") as file:
+                        bench.front.give_file(number, file.fileno(), len(raw))
+
+        def drain():
+            while not stop.is_set():
+                if bench.has_notes():
+                    bench.notes()
+
+        threads = [threading.Thread(target=work) for work in (give, give, drain)]
+        for thread in threads:
+            thread.start()
+        served = 0
+        try:
+            for turn in range(2000):
+                number = turn % len(raws) + 1
+                if bench.front.answer(turn, number, 11, 69_000):
+                    served += 1
+                    assert bench.reply() == (turn, 0, raws[number][11:69_011])
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert served > 100
