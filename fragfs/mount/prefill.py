@@ -271,9 +271,16 @@ class _Followed:
 class _Coming:
     """The fragments of a window: each is begun once, some ahead of the one that is waited for."""
 
-    def __init__(self, extents: ExtentMap, window: Window, fetcher: FragmentFetcher) -> None:
+    def __init__(
+        self,
+        extents: ExtentMap,
+        window: Window,
+        fetcher: FragmentFetcher,
+        offer: Callable[[int], None] | None,
+    ) -> None:
         self._extents = extents
         self._fetcher = fetcher
+        self._offer = offer
         self._next = extents.index_at(window.start)
         self._end = extents.index_at(window.stop - 1) + 1
         self._waiting: dict[int, int] = {}  # extent -> fragment that was not at hand
@@ -291,6 +298,8 @@ class _Coming:
         for index in range(first, last + 1):
             if index in self._waiting:
                 await self._fetcher.ready(self._waiting.pop(index))
+            if self._offer is not None:
+                self._offer(self._extents.fragments[index])
 
 
 class Prefill:
@@ -362,7 +371,7 @@ class Prefill:
 
     async def _work(self, followed: _Followed, window: Window) -> None:
         try:
-            coming = _Coming(followed.content.extents, window, self._fetcher)
+            coming = _Coming(followed.content.extents, window, self._fetcher, self._offer)
             is_storing = self._is_to_store(followed, window)
             chunk = _STORED_BYTES if is_storing else _READY_BYTES
             position = window.start
@@ -377,8 +386,6 @@ class Prefill:
                     return
                 stop = min(position + chunk, window.stop)
                 await coming.ready(position, stop)
-                if self._offer is not None:
-                    self._offer_part(self._offer, followed.content.extents, position, stop)
                 pusher = self.pusher
                 if pusher is not None and pusher.is_alive and is_storing:
                     for part in _without_tripwire(position, stop, window.trip):
@@ -400,12 +407,6 @@ class Prefill:
         touched at random is asked for alone, and its neighbours are there if they are stored.
         """
         return window.stream is None or (self._offer is None and followed.is_storing)
-
-    def _offer_part(
-        self, offer: Callable[[int], None], extents: ExtentMap, start: int, stop: int
-    ) -> None:
-        for index in range(extents.index_at(start), extents.index_at(stop - 1) + 1):
-            offer(extents.fragments[index])
 
     async def _store(self, pusher: Pusher, content: OpenContent, start: int, stop: int) -> None:
         pieces = plan_read(content.extents, start, stop - start)
