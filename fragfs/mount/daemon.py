@@ -141,7 +141,7 @@ class _Daemon:
             operations = self._make_operations(reading)
             entry = self._mount(operations)
             module = find_front_module()
-            front = Front(module) if module is not None else None
+            front = Front(module, reading.held_bytes_max) if module is not None else None
             self._device = front.device if front is not None else find_device()
             try:
                 reading.start(entry, front)

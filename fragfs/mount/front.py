@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import socket
 import struct
@@ -37,9 +38,6 @@ _RECORD = struct.Struct("=QQQII")
 """Request, content, offset, size, kind; of the last kind: an errno in the place of the size."""
 
 _SERVED, _MISSED, _ENDED = range(3)
-_HELD_BYTES_MAX = 96 << 20
-"""Of open files of the cache, which keeps their memory although they may have been evicted."""
-
 _COPIED_BYTES_MAX = 64 << 10
 """Fragments at hand as bytes are given up to this size: giving them makes a copy."""
 
@@ -79,23 +77,26 @@ class Front:
 
     Args:
         module: From `find_front_module`.
+        held_bytes_max: Most bytes of fragments it holds. They are open files of the cache, whose
+            memory is not free again when they are evicted.
 
     Raises:
         OSError: The system refused a descriptor.
     """
 
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, module: ModuleType, held_bytes_max: int) -> None:
         session = find_device()
         self.device = fcntl.fcntl(session, fcntl.F_DUPFD_CLOEXEC, 3)
         os.set_blocking(self.device, False)
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._records, self._records_in = os.pipe()
+        records, self._records_in = os.pipe()
+        self._records = io.FileIO(records)
         with theirs:
             for end in (self._requests, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
             os.dup2(theirs.fileno(), session, inheritable=False)
         self._front = module.Front(
-            self.device, self._requests.fileno(), self._records_in, _HELD_BYTES_MAX
+            self.device, self._requests.fileno(), self._records_in, held_bytes_max
         )
         # The one that takes requests waits without the interpreter's lock, and so does the other.
         self._threads = [
@@ -114,17 +115,18 @@ class Front:
         """
         for thread in self._threads:
             thread.start()
-        async with trio.open_nursery() as nursery:
-            while True:
-                await trio.lowlevel.wait_readable(self._records)
-                records = os.read(self._records, _RECORDS_BYTES)
-                for request, content, offset, size, kind in _RECORD.iter_unpack(records):
-                    if kind == _ENDED:
-                        nursery.cancel_scope.cancel()
-                        return int(size)
-                    reads.note_read(content, offset, size)
-                    if kind == _MISSED:
-                        nursery.start_soon(self._answer, reads, request, content, offset, size)
+        with self._records:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    await trio.lowlevel.wait_readable(self._records)
+                    for record in _RECORD.iter_unpack(self._records.read(_RECORDS_BYTES)):
+                        request, content, offset, size, kind = record
+                        if kind == _ENDED:
+                            nursery.cancel_scope.cancel()
+                            return int(size)
+                        reads.note_read(content, offset, size)
+                        if kind == _MISSED:
+                            nursery.start_soon(self._answer, reads, request, content, offset, size)
 
     async def _answer(
         self, reads: Reads, request: int, content: int, offset: int, size: int
@@ -146,9 +148,11 @@ class Front:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(_ENDS_S_MAX)
+        if any(thread.is_alive() for thread in self._threads):
+            return  # it still uses what is closed here, and ends with this process
         self._requests.close()
-        for descriptor in (self.device, self._records, self._records_in):
-            os.close(descriptor)
+        os.close(self._records_in)
+        os.close(self.device)
 
     def counters(self) -> tuple[int, int]:
         """Reads it answered, and the bytes of them."""

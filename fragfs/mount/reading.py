@@ -33,8 +33,16 @@ _WORKERS_MAX = 16
 """Decodes at once unless the user says otherwise: each holds some 10 MiB."""
 
 
+_HELD_SHARE = 4
+_HELD_BYTES_MIN = 16 << 20
+"""Of a small cache's budget a share is held open, and at least a few windows' fragments."""
+
+
 class MountReading:
     """Reads of one mount. Belongs to the event loop's thread.
+
+    Attributes:
+        held_bytes_max: Most bytes of fragments to hold open or in memory beside the shared cache.
 
     Args:
         options: What the mount is asked to be.
@@ -57,10 +65,11 @@ class MountReading:
             except OSError as error:
                 log.warning("no shared fragment cache in %s: %s", self._place.directory, error)
                 self._place = None
+        self.held_bytes_max = _held_bytes_max(self._place)
         self._cache = LayeredFragmentCache(
             library.fragment,
             library.dependent_count,
-            MemoryFragmentCache(CACHE_BYTES_MAX_DEFAULT),
+            MemoryFragmentCache(self.held_bytes_max),
             shared,
         )
         self._pool: DecoderPool | None = None
@@ -214,6 +223,14 @@ class MountReading:
             "prefill": self._options.prefill,
             "read_ahead_kb": self._options.read_ahead_kb,
         }
+
+
+def _held_bytes_max(place: CachePlace | None) -> int:
+    """Fragments at hand: without a shared cache all that is cached, else open files beside it."""
+    if place is None:
+        return CACHE_BYTES_MAX_DEFAULT
+    share = place.bytes_max // _HELD_SHARE
+    return max(_HELD_BYTES_MIN, min(CACHE_BYTES_MAX_DEFAULT, share))
 
 
 def _choose_place(options: MountOptions, uuid: bytes) -> CachePlace | None:

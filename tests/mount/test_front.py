@@ -163,11 +163,14 @@ def test_extents_that_start_within_fragments(bench):
     assert bench.read(990, 60_000) == whole[990:60_990]
 
 
-def test_more_pages_than_a_pipe_holds_are_copied(bench):
+def test_more_pages_than_a_pipe_holds_are_mapped(bench):
     raw = os.urandom(5 << 20)
-    bench.add_file(FILE, [len(raw)])
+    bench.add_file(FILE, [len(raw), 3, 70_000], fragments=[1, 2, 1])
     bench.give_file(1, raw)
-    assert bench.read(123, 4 << 20) == raw[123 : 123 + (4 << 20)]
+    bench.front.give_bytes(2, b"abc")
+    whole = raw + b"abc" + raw[:70_000]
+    assert bench.read(123, 5 << 20) == whole[123 : 123 + (5 << 20)]
+    assert bench.read(4096, 6 << 20) == whole[4096:]
 
 
 def test_more_pieces_than_it_looks_at_are_missed(bench):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.mount import soak_shards
 from tests.mount.support import Reader, drop_pages, run_reader, source_files
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
@@ -324,3 +325,9 @@ while any(thread.is_alive() for thread in threads):
 sys.exit(str(failures[:3]) if failures else 0)
 """
     run_reader(program, report.mountpoint / "org" / "model", source, thread_count)
+
+
+def test_h05_processes_and_threads_on_160_shards(mounts, tmp_path):
+    library, source = soak_shards.make(tmp_path)
+    report = mounts(library, cache_bytes_max=soak_shards.CACHE_BYTES)
+    assert soak_shards.soak(report.mountpoint, source, 4, thread_count=16) > 8 * 100
