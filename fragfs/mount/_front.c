@@ -19,11 +19,13 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 #define REQUEST_BYTES_MAX ((1 << 20) + (64 << 10)) /* the kernel reserves room for the largest write */
 #define LISTING_BYTES_MAX (64u << 10)              /* a reply must fit a socket's buffer */
+#define FORGETS_MAX 512u
 #define NOTES_BYTES_MAX (2u << 20)
 #define NOTES_NS_MAX 1000000 /* a read that comes so long after the last record is told at once */
 
@@ -74,26 +76,62 @@ static void refuse(Front *front, uint64_t unique, int error)
         ;
 }
 
+/* False when pyfuse3 has ended. */
+static bool send_on(Front *front, const struct iovec *parts, int count)
+{
+    const struct fuse_in_header *header = parts[0].iov_base;
+    struct msghdr message = {.msg_iov = (struct iovec *)parts, .msg_iovlen = (size_t)count};
+
+    for (;;) {
+        if (sendmsg(front->requests, &message, MSG_NOSIGNAL) >= 0)
+            return true;
+        if (errno == EINTR)
+            continue;
+        if (errno != EMSGSIZE)
+            return false;
+        if (header->opcode != FUSE_FORGET && header->opcode != FUSE_BATCH_FORGET)
+            refuse(front, header->unique, E2BIG);
+        return true;
+    }
+}
+
+/* What the kernel forgets when it drops its caches is more than a socket takes at once. */
+static bool pass_on_forgets(Front *front, struct fuse_in_header *header, size_t size)
+{
+    struct fuse_batch_forget_in *batch = (struct fuse_batch_forget_in *)(header + 1);
+    struct fuse_forget_one *forgets = (struct fuse_forget_one *)(batch + 1);
+    size_t there = (size - sizeof *header - sizeof *batch) / sizeof *forgets;
+    size_t count = batch->count < there ? batch->count : there;
+
+    while (count) {
+        size_t taken = count < FORGETS_MAX ? count : FORGETS_MAX;
+        struct iovec parts[3] = {{header, sizeof *header},
+                                 {batch, sizeof *batch},
+                                 {forgets, taken * sizeof *forgets}};
+        batch->count = (uint32_t)taken;
+        header->len = (uint32_t)(sizeof *header + sizeof *batch + parts[2].iov_len);
+        if (!send_on(front, parts, 3))
+            return false;
+        forgets += taken;
+        count -= taken;
+    }
+    return true;
+}
+
 static bool pass_on(Front *front, char *request, size_t size)
 {
     struct fuse_in_header *header = (struct fuse_in_header *)request;
 
+    if (header->opcode == FUSE_BATCH_FORGET &&
+        size >= sizeof *header + sizeof(struct fuse_batch_forget_in))
+        return pass_on_forgets(front, header, size);
     if ((header->opcode == FUSE_READDIR || header->opcode == FUSE_READDIRPLUS) &&
         size >= sizeof *header + sizeof(struct fuse_read_in)) {
         struct fuse_read_in *listing = (struct fuse_read_in *)(header + 1);
         if (listing->size > LISTING_BYTES_MAX)
             listing->size = LISTING_BYTES_MAX;
     }
-    for (;;) {
-        if (send(front->requests, request, size, MSG_NOSIGNAL) >= 0)
-            return true;
-        if (errno == EINTR)
-            continue;
-        if (errno != EMSGSIZE)
-            return false;
-        refuse(front, header->unique, E2BIG);
-        return true;
-    }
+    return send_on(front, &(struct iovec){request, size}, 1);
 }
 
 /* False when pyfuse3 or the event loop has ended. */
@@ -126,9 +164,9 @@ static int serve(Front *front)
     int error = 0;
 
     if (!request)
-        return ENOMEM;
+        error = ENOMEM;
     open_pipe(&front->serving);
-    for (;;) {
+    while (request) {
         ssize_t size = read(front->device, request, REQUEST_BYTES_MAX);
         if (size == 0) { /* a device never says so */
             error = ENODEV;

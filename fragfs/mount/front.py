@@ -13,8 +13,10 @@ Where the module was not built there is no front, and pyfuse3 hands every read t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
+import logging
 import os
 import socket
 import struct
@@ -30,6 +32,8 @@ from fragfs.library.extents import OpenContent
 from fragfs.mount.device import OUT_HEADER, find_device
 
 __all__ = ["Front", "Reads", "find_front_module"]
+
+log = logging.getLogger(__name__)
 
 _VERSION = 1
 """Of the module and what it takes; raised with every change to it, here and in the source."""
@@ -139,6 +143,10 @@ class Front:
             reply = [OUT_HEADER.pack(OUT_HEADER.size + len(data), 0, request), data]
         except FUSEError as error:
             reply = [OUT_HEADER.pack(OUT_HEADER.size, -error.errno, request)]
+        except Exception:
+            # Nothing that goes wrong in one read may end the mount.
+            log.exception("a read failed")
+            reply = [OUT_HEADER.pack(OUT_HEADER.size, -errno.EIO, request)]
         with contextlib.suppress(OSError):  # nobody waits for it any more
             os.writev(self.device, reply)
 

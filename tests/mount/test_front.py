@@ -22,7 +22,7 @@ READ_IN = struct.Struct("=QQIIQII")
 OUT_HEADER = struct.Struct("=IiQ")
 RECORD = struct.Struct("=QQQII")
 SERVED, MISSED, ENDED = range(3)
-LOOKUP, READ, READDIR, INTERRUPT, READDIRPLUS = 1, 15, 28, 36, 44
+LOOKUP, READ, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 1, 15, 28, 36, 42, 44
 
 FILE = 7
 PARTS = [os.urandom(200_000), os.urandom(5), os.urandom(90_000)]
@@ -283,6 +283,21 @@ def test_other_requests_and_replies_pass_through(bench):
     assert request[IN_HEADER.size :] == b"name\0"
     bench.pyfuse3.send(OUT_HEADER.pack(OUT_HEADER.size, -errno.ENOENT, 8))
     assert bench.reply() == (8, errno.ENOENT, b"")
+
+
+def test_forgets_by_the_thousand_pass_in_parts(bench):
+    count = 1700
+    forgets = struct.pack(f"={2 * count}Q", *range(2 * count))
+    bench.ask(BATCH_FORGET, 0, struct.pack("=II", count, 0) + forgets)
+    seen = b""
+    while len(seen) < len(forgets):
+        message = bench.pyfuse3.recv(1 << 20)
+        length, opcode = IN_HEADER.unpack_from(message)[:2]
+        (part,) = struct.unpack_from("=I", message, IN_HEADER.size)
+        assert (length, opcode) == (len(message), BATCH_FORGET)
+        assert len(message) == IN_HEADER.size + 8 + part * 16
+        seen += message[IN_HEADER.size + 8 :]
+    assert seen == forgets
 
 
 @pytest.mark.parametrize("opcode", [READDIR, READDIRPLUS])
