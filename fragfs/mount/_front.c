@@ -27,7 +27,7 @@
 #define LISTING_BYTES_MAX (64u << 10)              /* a reply must fit a socket's buffer */
 #define FORGETS_MAX 512u
 #define NOTES_BYTES_MAX (2u << 20)
-#define NOTES_NS_MAX 1000000 /* a read that comes so long after the last record is told at once */
+#define NOTES_MS_MAX 1 /* how long a note is kept back for more of them */
 
 static int64_t now_ns(void)
 {
@@ -37,11 +37,27 @@ static int64_t now_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* Tells the event loop what was noted; false if it has ended. */
+static bool tell_noted(Front *front)
+{
+    size_t size = (size_t)front->noted * sizeof front->notes[0];
+
+    front->noted = 0;
+    front->noted_bytes = 0;
+    front->told_ns = now_ns();
+    for (;;) {
+        ssize_t written = write(front->records, front->notes, size); /* in one piece: < PIPE_BUF */
+        if (written >= 0)
+            return true;
+        if (errno != EINTR)
+            return false;
+    }
+}
+
 /* Tells the event loop of a request; of reads in quick succession a few at a time. False if it has
  * ended. */
 static bool tell(Front *front, struct record record)
 {
-    int64_t now = now_ns();
 
     struct record *last = front->noted ? &front->notes[front->noted - 1] : NULL;
     if (last && record.kind == SERVED && last->kind == SERVED && last->number == record.number &&
@@ -51,19 +67,9 @@ static bool tell(Front *front, struct record record)
         front->notes[front->noted++] = record;
     front->noted_bytes += record.size;
     if (record.kind == SERVED && front->noted < NOTES_MAX && front->noted_bytes < NOTES_BYTES_MAX &&
-        now - front->told_ns < NOTES_NS_MAX)
+        now_ns() - front->told_ns < NOTES_MS_MAX * (int64_t)1000000)
         return true;
-    size_t size = (size_t)front->noted * sizeof record;
-    front->noted = 0;
-    front->noted_bytes = 0;
-    front->told_ns = now;
-    for (;;) {
-        ssize_t written = write(front->records, front->notes, size); /* in one piece: < PIPE_BUF */
-        if (written >= 0)
-            return true;
-        if (errno != EINTR)
-            return false;
-    }
+    return tell_noted(front);
 }
 
 /* --- requests */
@@ -160,37 +166,38 @@ static bool take(Front *front, char *request, size_t size)
 static int serve(Front *front)
 {
     struct pollfd events[2] = {{front->device, POLLIN, 0}, {front->stop, POLLIN, 0}};
-    char *request = malloc(REQUEST_BYTES_MAX);
     int error = 0;
 
-    if (!request)
-        error = ENOMEM;
     open_pipe(&front->serving);
-    while (request) {
-        ssize_t size = read(front->device, request, REQUEST_BYTES_MAX);
+    for (;;) {
+        ssize_t size = read(front->device, front->request, REQUEST_BYTES_MAX);
         if (size == 0) { /* a device never says so */
             error = ENODEV;
             break;
         }
         if (size > 0) {
-            if (take(front, request, (size_t)size))
+            if (take(front, front->request, (size_t)size))
                 continue;
             error = EPIPE;
             break;
         }
         if (errno == EAGAIN) {
-            if (poll(events, 2, -1) < 0 && errno != EINTR) {
+            int ready = poll(events, 2, front->noted ? NOTES_MS_MAX : -1);
+            if (ready < 0 && errno != EINTR) {
                 error = errno;
                 break;
             }
-            if (events[1].revents)
+            if (ready == 0 && !tell_noted(front)) {
+                error = EPIPE;
+                break;
+            }
+            if (ready > 0 && events[1].revents)
                 break;
         } else if (errno != EINTR && errno != ENOENT) { /* ENOENT: it was interrupted */
             error = errno;
             break;
         }
     }
-    free(request);
     tell(front, (struct record){0, 0, 0, (uint32_t)error, ENDED});
     return error;
 }
@@ -370,17 +377,15 @@ static PyObject *front_relay(Front *self, PyObject *unused)
 {
     (void)unused;
     Py_BEGIN_ALLOW_THREADS
-    char *reply = malloc(REQUEST_BYTES_MAX);
-    while (reply) {
-        ssize_t size = recv(self->requests, reply, REQUEST_BYTES_MAX, 0);
+    for (;;) {
+        ssize_t size = recv(self->requests, self->reply, REQUEST_BYTES_MAX, 0);
         if (size < 0 && errno == EINTR)
             continue;
         if (size <= 0)
             break;
-        while (write(self->device, reply, (size_t)size) < 0 && errno == EINTR)
+        while (write(self->device, self->reply, (size_t)size) < 0 && errno == EINTR)
             ;
     }
-    free(reply);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -409,13 +414,23 @@ static int front_init(Front *self, PyObject *args, PyObject *keywords)
     long long bytes_max;
 
     (void)keywords;
-    if (!PyArg_ParseTuple(args, "iiiL", &self->device, &self->requests, &self->records, &bytes_max))
+    if (self->request) {
+        PyErr_SetString(PyExc_TypeError, "made already");
         return -1;
-    self->bytes_max = (size_t)bytes_max;
-    self->serving.pipe_in = self->answering.pipe_in = -1;
+    }
+    self->serving.pipe_in = self->answering.pipe_in = self->stop = -1;
     for (int i = 0; i < SLOTS; i++)
         self->slots[i].descriptor = -1;
     pthread_mutex_init(&self->lock, NULL);
+    self->request = malloc(REQUEST_BYTES_MAX);
+    self->reply = malloc(REQUEST_BYTES_MAX);
+    if (!self->request || !self->reply) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (!PyArg_ParseTuple(args, "iiiL", &self->device, &self->requests, &self->records, &bytes_max))
+        return -1;
+    self->bytes_max = (size_t)bytes_max;
     self->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (self->stop < 0) {
         PyErr_SetFromErrno(PyExc_OSError);
@@ -437,12 +452,16 @@ static void front_dealloc(Front *self)
             free_file(self->files[i]);
             self->files[i] = next;
         }
-    close_pipe(&self->serving);
-    close_pipe(&self->answering);
+    if (self->request) { /* else it was not made */
+        close_pipe(&self->serving);
+        close_pipe(&self->answering);
+        if (self->stop >= 0)
+            close(self->stop);
+    }
     free(self->serving.buffer);
     free(self->answering.buffer);
-    if (self->stop > 0)
-        close(self->stop);
+    free(self->request);
+    free(self->reply);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF(type);

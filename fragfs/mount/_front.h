@@ -58,6 +58,7 @@ typedef struct {
     struct file *files[BUCKETS];
     size_t bytes_held, bytes_max;
     uint64_t clock, reads, bytes_returned;
+    char *request, *reply;   /* what passes through `serve` and `relay` */
     struct worker serving;   /* of the thread in `serve` */
     struct worker answering; /* of who calls `answer`, one at a time */
     struct record notes[NOTES_MAX + 1];

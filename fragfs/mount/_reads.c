@@ -133,8 +133,8 @@ failed:
     return false;
 }
 
-/* Mapped for this one reply: where a pipe is too small, still half the time of a copy. False if that
- * fails: nothing is sent then. */
+/* Mapped for this one reply: where a pipe is too small, still half the time of a copy. Of a file that
+ * lost bytes, which those of the cache never do, the kernel makes an error of its own. */
 static bool reply_mapped(Front *front, struct fuse_out_header *header, const struct piece *pieces,
                          int count)
 {

@@ -124,6 +124,9 @@ class _Daemon:
         self._main_scope = trio.CancelScope()
         self._reading: MountReading | None = None
         self._device = -1
+        self._serving = trio.CancelScope()
+        self._serving_ended = trio.Event()
+        self._is_closed = False
         self.exit_code = 0
         # If a decode or the kernel never returned, neither would the orderly end.
         self.last_resort = threading.Timer(_LAST_RESORT_S, os._exit, (1,))
@@ -140,13 +143,11 @@ class _Daemon:
             reading = self._reading = MountReading(self._options, self._library, decoders)
             operations = self._make_operations(reading)
             entry = self._mount(operations)
-            module = find_front_module()
-            front = Front(module, reading.held_bytes_max) if module is not None else None
-            self._device = front.device if front is not None else find_device()
+            front = self._make_front(reading.held_bytes_max)
             try:
-                reading.start(entry, front)
                 if front is not None:
                     helpers.start_soon(self._serve_reads, front, operations)
+                reading.start(entry, front)
                 helpers.start_soon(self._obey_signals, signals, operations, entry)
                 helpers.start_soon(self._watch, operations)
                 if self._is_alone and self._options.read_ahead_kb is not None:
@@ -163,7 +164,12 @@ class _Daemon:
                     await self._watching_ended.wait()
                 reading.close()
                 if front is not None:
+                    # Nothing may use the device or the session any more when they are given up.
+                    self._serving.cancel()
+                    with trio.CancelScope(shield=True):
+                        await self._serving_ended.wait()
                     front.close()
+                self._is_closed = True
                 pyfuse3.close(unmount=False)
             log.info("unmounted %s", entry.mountpoint)
             helpers.cancel_scope.cancel()
@@ -214,11 +220,25 @@ class _Daemon:
                     raise
                 log.warning("the connection to the kernel was aborted")
 
+    def _make_front(self, held_bytes_max: int) -> Front | None:
+        module = find_front_module()
+        try:
+            front = Front(module, held_bytes_max) if module is not None else None
+            self._device = front.device if front is not None else find_device()
+        except BaseException:
+            pyfuse3.close(unmount=True)
+            raise
+        return front
+
     async def _serve_reads(self, front: Front, operations: MountOperations) -> None:
-        number = await front.run(operations)
-        if number not in (0, errno.ENODEV):
-            log.warning("the connection to the kernel ended: %s", os.strerror(number))
-        pyfuse3.terminate()
+        try:
+            with self._serving:
+                number = await front.run(operations)
+                if number not in (0, errno.ENODEV):
+                    log.warning("the connection to the kernel ended: %s", os.strerror(number))
+                pyfuse3.terminate()
+        finally:
+            self._serving_ended.set()
 
     # --- changes of the catalog
 
@@ -307,7 +327,8 @@ class _Daemon:
         self._stop_watching.set()
         with trio.move_on_after(_STOP_WATCHING_S):
             await self._watching_ended.wait()
-        pyfuse3.terminate()
+        if not self._is_closed:
+            pyfuse3.terminate()
         self._main_scope.cancel()
 
     def _arm_last_resort(self) -> None:

@@ -30,6 +30,7 @@ from pyfuse3 import FUSEError
 from fragfs.cache.shared import FragmentFile
 from fragfs.library.extents import OpenContent
 from fragfs.mount.device import OUT_HEADER, find_device
+from fragfs.reader.ahead import PAGE_BYTES
 
 __all__ = ["Front", "Reads", "find_front_module"]
 
@@ -56,6 +57,8 @@ def find_front_module() -> ModuleType | None:
         from fragfs.mount import _front  # type: ignore[attr-defined]  # compiled, no stub
     except ImportError:
         return None
+    if os.sysconf("SC_PAGESIZE") != PAGE_BYTES:
+        return None  # what it reserves for requests and counts in pipes is for small pages
     module: ModuleType = _front
     # A file built for older sources is as good as none.
     return module if getattr(module, "VERSION", None) == _VERSION else None
@@ -68,7 +71,7 @@ class Reads(Protocol):
         """Learn of a read; called for each, in the order in which they came."""
 
     async def prepare_read(self, handle: int, offset: int, size: int) -> None:
-        """Have the front given what a read needs, where that is possible; never fails."""
+        """Have the front given what a read needs, where that is possible."""
 
     async def read_content(self, handle: int, offset: int, size: int) -> memoryview | bytearray:
         """The bytes of a read; raises FUSEError."""
@@ -128,7 +131,7 @@ class Front:
                         if kind == _ENDED:
                             nursery.cancel_scope.cancel()
                             return int(size)
-                        reads.note_read(content, offset, size)
+                        _note(reads, content, offset, size)
                         if kind == _MISSED:
                             nursery.start_soon(self._answer, reads, request, content, offset, size)
 
@@ -136,7 +139,10 @@ class Front:
         self, reads: Reads, request: int, content: int, offset: int, size: int
     ) -> None:
         try:
-            await reads.prepare_read(content, offset, size)
+            try:
+                await reads.prepare_read(content, offset, size)
+            except Exception as error:  # of descriptors, say; what matters fails again
+                log.debug("a read was not prepared: %s", error)
             if self._front.answer(request, content, offset, size):
                 return
             data = await reads.read_content(content, offset, size)
@@ -187,3 +193,11 @@ class Front:
             self._front.give_file(fragment, raw.fileno(), raw.nbytes)
         elif raw.nbytes <= _COPIED_BYTES_MAX:
             self._front.give_bytes(fragment, raw)
+
+
+def _note(reads: Reads, content: int, offset: int, size: int) -> None:
+    """Nobody waits for this, so nothing that goes wrong here may end the mount."""
+    try:
+        reads.note_read(content, offset, size)
+    except Exception:
+        log.exception("a reader was not followed")

@@ -9,7 +9,6 @@ Every write is refused by the kernel before it gets here: the file system is mou
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -191,11 +190,13 @@ class MountOperations(pyfuse3.Operations):
         """
         if flags & (os.O_WRONLY | os.O_RDWR):
             raise FUSEError(errno.EROFS)
+        is_open = number in self._contents
         try:
             self._contents.open(number)
         except NotFoundError as error:
             raise FUSEError(errno.ESTALE) from error
-        self._reading.open_file(self._contents[number])
+        if not is_open:
+            self._reading.open_file(self._contents[number])
         return FileInfo(fh=number, keep_cache=True, direct_io=False)
 
     @answering
@@ -214,8 +215,7 @@ class MountOperations(pyfuse3.Operations):
     async def prepare_read(self, handle: int, offset: int, size: int) -> None:
         """Have the front given what a read needs; what fails will fail again in the read."""
         if handle in self._contents:
-            with contextlib.suppress(FragmentError):
-                await self._reading.prepare(self._contents[handle], offset, size)
+            await self._reading.prepare(self._contents[handle], offset, size)
 
     @answering
     async def read_content(self, handle: int, offset: int, size: int) -> memoryview | bytearray:

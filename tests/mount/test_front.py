@@ -11,8 +11,13 @@ import time
 from itertools import pairwise
 
 import pytest
+import trio
+from pyfuse3 import FUSEError
 
+import fragfs.mount.front
+from fragfs.library.extents import ExtentMapBuilder, OpenContent
 from fragfs.mount.front import find_front_module
+from fragfs.types import SpanKind
 
 MODULE = find_front_module()
 pytestmark = pytest.mark.skipif(MODULE is None, reason="the compiled front was not built")
@@ -383,3 +388,136 @@ def test_while_fragments_come_and_go(tmp_path):
             for thread in threads:
                 thread.join()
         assert served > 100
+
+
+# --- with the event loop
+
+
+class FakeReads:
+    """Answers as it is told; notes what it is told of."""
+
+    def __init__(self, prepared=None, answer=b"from Python"):
+        self.prepared = prepared
+        self.answer = answer
+        self.noted = []
+
+    def note_read(self, handle, offset, size):
+        self.noted.append((handle, offset, size))
+        if size == 13:
+            raise ValueError("a bug")
+
+    async def prepare_read(self, handle, offset, size):
+        await trio.lowlevel.checkpoint()
+        if isinstance(self.prepared, Exception):
+            raise self.prepared
+        if self.prepared is not None:
+            self.prepared()
+
+    async def read_content(self, handle, offset, size):
+        await trio.lowlevel.checkpoint()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+class Kernel:
+    """What the front of a mount sees of the kernel."""
+
+    def __init__(self, monkeypatch):
+        self.socket, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._session = device.detach()
+        monkeypatch.setattr(fragfs.mount.front, "find_device", lambda: self._session)
+        self.front = fragfs.mount.front.Front(MODULE, 1 << 20)
+        # From now on pyfuse3 would read from this one.
+        self.pyfuse3 = socket.socket(fileno=self._session)
+        self.socket.settimeout(20)
+
+    def ask_read(self, unique, offset, size):
+        body = READ_IN.pack(FILE, offset, size, 0, 0, 0, 0)
+        header = IN_HEADER.pack(IN_HEADER.size + len(body), READ, unique, FILE, 0, 0, 0, 0, 0)
+        self.socket.sendall(header + body)
+
+    async def reply(self):
+        data = await trio.to_thread.run_sync(self.socket.recv, 1 << 16)
+        length, error, unique = OUT_HEADER.unpack_from(data)
+        assert length == len(data)
+        return unique, -error, data[OUT_HEADER.size :]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    made = Kernel(monkeypatch)
+    yield made
+    made.socket.close()
+    made.pyfuse3.close()
+
+
+async def serve(kernel, reads, ask):
+    """What `run` returned, after `ask` was done and the front was closed."""
+    ended = []
+
+    async def run():
+        ended.append(await kernel.front.run(reads))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await ask()
+        kernel.socket.shutdown(socket.SHUT_RDWR)
+    kernel.front.close()
+    return ended
+
+
+async def test_what_was_prepared_is_answered_by_compiled_code(kernel):
+    builder = ExtentMapBuilder()
+    builder.append(4, 1, 0, SpanKind.OPAQUE, first=True)
+    kernel.front.open_file(OpenContent(FILE, 4, 0, bytes(32), 4, builder.build()))
+    reads = FakeReads(lambda: kernel.front.give(1, memoryview(b"abcd")))
+
+    async def ask():
+        for unique in (1, 2):
+            kernel.ask_read(unique, 1, 4096)
+            assert await kernel.reply() == (unique, 0, b"bcd")
+        assert kernel.front.counters() == (2, 6)
+
+    assert await serve(kernel, reads, ask) == [errno.ENODEV]
+    assert reads.noted[0] == (FILE, 1, 4096)
+
+
+@pytest.mark.parametrize(
+    "prepared", [None, OSError(errno.EMFILE, "too many open files"), ValueError("a bug")]
+)
+async def test_what_was_not_prepared_is_read_by_python(kernel, prepared):
+    async def ask():
+        kernel.ask_read(3, 0, 11)
+        assert await kernel.reply() == (3, 0, b"from Python")
+
+    await serve(kernel, FakeReads(prepared), ask)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [(FUSEError(errno.ESTALE), errno.ESTALE), (ValueError("a bug"), errno.EIO)],
+)
+async def test_reads_that_fail_are_answered_and_the_mount_goes_on(kernel, answer, number):
+    reads = FakeReads(answer=answer)
+
+    async def ask():
+        for unique in (1, 2):
+            kernel.ask_read(unique, 0, 13)  # and nobody can follow the reader
+            assert await kernel.reply() == (unique, number, b"")
+
+    assert await serve(kernel, reads, ask) == [errno.ENODEV]
+    assert len(reads.noted) == 2
+
+
+async def test_it_can_be_closed_while_it_serves(kernel):
+    with trio.move_on_after(0.1) as scope:
+        await kernel.front.run(FakeReads())
+    assert scope.cancelled_caught
+    kernel.front.close()
+    assert kernel.pyfuse3.recv(10) == b""
+
+
+def test_no_front_where_pages_are_large(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 65536)
+    assert find_front_module() is None
