@@ -108,7 +108,7 @@ TARGETS = (
             ("read.warm_of_disk", "warm read() / plain file", 0.97),
             *(
                 (f"{method}.a{wide}_of_c{wide}", f"switch A{setting}, {text} / C server", limit)
-                for wide, setting in (("", ""), ("_wide", ", 1 MiB ahead"))
+                for wide, setting in (("", ""), ("_wide", ", 512 KiB ahead"))
                 for method, text, limit in (
                     ("mmap", "mmap front to back", 4.0),
                     ("sequential", "MADV_SEQUENTIAL", 15.0),
