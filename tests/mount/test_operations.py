@@ -24,11 +24,32 @@ def library():
     return fake
 
 
+class Reading:
+    """What reads, and what it was told."""
+
+    def __init__(self, read):
+        self.read = read
+        self.told = []
+
+    def open_file(self, content):
+        self.told.append(("open", content.number))
+
+    def close_file(self, number):
+        self.told.append(("close", number))
+
+    def on_read(self, content, offset, size):
+        self.told.append(("read", content.number, offset, size))
+
+    async def prepare(self, content, offset, size):
+        self.told.append(("prepare", content.number, offset, size))
+
+
 @pytest.fixture
 def operations(library, nursery):
     fetcher = FragmentFetcher(library.decode_fragment, memory_cache(), nursery, workers=1)
     table = InodeTable(library.lookup(b""))
-    return MountOperations(library, library, table, FileReader(fetcher), Ownership(7, 8, 0o027))
+    reading = Reading(FileReader(fetcher).read)
+    return MountOperations(library, library, table, reading, Ownership(7, 8, 0o027))
 
 
 async def walk(operations, *names):
@@ -104,6 +125,28 @@ async def test_handles_of_one_file_are_closed_one_by_one(operations):
     assert operations.open_paths() == [b"org/m/f"]
     await operations.release(second.fh)
     assert operations.open_paths() == []
+    # The front is told once that there is a file, and once that there is none.
+    number = file.st_ino
+    assert operations._reading.told == [("open", number), ("read", number, 0, 4), ("close", number)]
+
+
+async def test_what_the_front_asks_for(operations):
+    file = await walk(operations, b"org", b"m", b"f")
+    opened = await operations.open(file.st_ino, os.O_RDONLY, None)
+    operations.note_read(opened.fh, 0, 9)
+    await operations.prepare_read(opened.fh, 0, 9)
+    assert bytes(await operations.read_content(opened.fh, 0, 9)) == DATA[:9]
+    assert operations._reading.told[1:] == [
+        ("read", file.st_ino, 0, 9),
+        ("prepare", file.st_ino, 0, 9),
+    ]
+    await operations.release(opened.fh)
+    # Of a file that was closed meanwhile there is nothing to follow or to prepare.
+    told = list(operations._reading.told)
+    operations.note_read(opened.fh, 0, 9)
+    await operations.prepare_read(opened.fh, 0, 9)
+    assert operations._reading.told == told
+    assert await errno_from(operations.read_content(opened.fh, 0, 9)) == errno.EIO
 
 
 async def test_h04_an_open_file_survives_the_removal_of_its_model(operations, library):
@@ -152,11 +195,10 @@ async def test_h02_a_short_read_becomes_eio(operations, library):
     file = await walk(operations, b"org", b"m", b"f")
     opened = await operations.open(file.st_ino, os.O_RDONLY, None)
 
-    class Short:
-        async def read(self, content, offset, size):
-            return b"x" * (size - 1)
+    async def read_short(content, offset, size):
+        return b"x" * (size - 1)
 
-    operations._reading = Short()
+    operations._reading = Reading(read_short)
     assert await errno_from(operations.read(opened.fh, 0, 10)) == errno.EIO
 
 

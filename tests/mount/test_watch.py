@@ -205,10 +205,15 @@ def test_h26_only_the_watching_thread_invalidates():
     callers = {}
     for path in package.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr.startswith(("invalidate_", "notify_")):
-                callers.setdefault(path.name, []).append(node.attr)
-    assert callers == {"daemon.py": ["invalidate_entry", "invalidate_inode"]}
-    assert "forget_name" not in (package / "operations.py").read_text()
+            if isinstance(node, ast.Attribute) and (
+                node.attr.startswith(("invalidate_", "notify_", "_notify", "forget_"))
+            ):
+                callers.setdefault(path.name, set()).add(node.attr)
+    assert callers == {
+        "device.py": {"_notify"},
+        "watch.py": {"forget_name", "forget_attributes"},
+    }
+    assert "DeviceNotifier" not in (package / "operations.py").read_text()
 
 
 def test_h26_a_look_holds_no_lock_of_the_event_loop_while_it_invalidates():
