@@ -58,7 +58,6 @@ static bool tell_noted(Front *front)
  * ended. */
 static bool tell(Front *front, struct record record)
 {
-
     struct record *last = front->noted ? &front->notes[front->noted - 1] : NULL;
     if (last && record.kind == SERVED && last->kind == SERVED && last->number == record.number &&
         last->offset + last->size == record.offset)

@@ -8,7 +8,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tarfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fragfs.library.catalog import CATALOG_NAME, SNAPSHOT_NAME
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.records import PACK_FOOTER
 from fragfs.types import LibraryConfig
+from tests.archives import unpack
 from tests.library.test_bases import (
     add,
     check_closures,
@@ -90,8 +90,7 @@ def make_libraries(place: Path) -> None:
         (place / "lost" / "lib" / name).unlink()
     for golden in GOLDEN.glob("format*"):
         directory = place / golden.name
-        with tarfile.open(golden / "library.tar.gz") as archive:
-            archive.extractall(directory, filter="data")
+        unpack(golden / "library.tar.gz", directory)
         (directory / "library").rename(directory / "lib")
 
 

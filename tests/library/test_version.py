@@ -1,4 +1,3 @@
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -6,13 +5,13 @@ import pytest
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.version import read_format_version
 from fragfs.types import LIBRARY_FORMAT_VERSION
+from tests.archives import unpack
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_looking_at_an_old_library_leaves_it_old(tmp_path):
-    with tarfile.open(GOLDEN / "format1" / "library.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(GOLDEN / "format1" / "library.tar.gz", tmp_path)
     (catalog,) = tmp_path.rglob("catalog.sqlite")
     before = catalog.read_bytes()
     assert read_format_version(catalog.parent) == 1

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 from fragfs.library.add import AddOptions
 from fragfs.library.library import FragmentLibrary
 from fragfs.types import LIBRARY_FORMAT_VERSION, Predictor
+from tests.archives import unpack
 from tests.models import digests, safetensors_bytes
 
 GOLDEN = Path(__file__).parent
@@ -46,8 +46,7 @@ def version(request):
 @pytest.fixture
 def path(version, tmp_path):
     """A copy of a golden library."""
-    with tarfile.open(GOLDEN / f"format{version}" / "library.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(GOLDEN / f"format{version}" / "library.tar.gz", tmp_path)
     return tmp_path / "library"
 
 
