@@ -513,7 +513,8 @@ PyMODINIT_FUNC PyInit__front(void)
     PyObject *type = PyType_FromSpec(&front_spec);
     /* front.py uses no module of another version: a file built for older sources. */
     if (!type || PyModule_AddObjectRef(created, "Front", type) ||
-        PyModule_AddIntConstant(created, "VERSION", 1)) {
+        PyModule_AddIntConstant(created, "VERSION", 2) ||
+        PyModule_AddIntConstant(created, "PIECES_MAX", PIECES_MAX)) {
         Py_XDECREF(type);
         Py_DECREF(created);
         return NULL;

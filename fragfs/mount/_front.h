@@ -14,6 +14,7 @@
 #define SLOTS 256
 #define BUCKETS 1024
 #define NOTES_MAX 16
+#define PIECES_MAX 64 /* of a read that is answered; longer ones are missed */
 
 /* What the event loop is told; front.py unpacks it. */
 enum { SERVED = 0, MISSED = 1, ENDED = 2 };

@@ -14,7 +14,6 @@
 #define PIPE_BYTES (2 << 20)         /* the largest read and its header, where a user may have as much */
 #define COPIED_BYTES_MAX (32u << 10) /* up to here a copy costs less than a pipe */
 #define PAGE_BYTES 4096u
-#define PIECES_MAX 64
 
 struct piece {
     struct slot *slot;

@@ -36,7 +36,7 @@ __all__ = ["Front", "Reads", "find_front_module"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Of the module and what it takes; raised with every change to it, here and in the source."""
 
 _RECORD = struct.Struct("=QQQII")
@@ -70,8 +70,8 @@ class Reads(Protocol):
     def note_read(self, handle: int, offset: int, size: int) -> None:
         """Learn of a read; called for each, in the order in which they came."""
 
-    async def prepare_read(self, handle: int, offset: int, size: int) -> None:
-        """Have the front given what a read needs, where that is possible."""
+    async def prepare_read(self, handle: int, offset: int, size: int) -> bool:
+        """Have the front given what a read needs; False where that is not possible."""
 
     async def read_content(self, handle: int, offset: int, size: int) -> memoryview | bytearray:
         """The bytes of a read; raises FUSEError."""
@@ -81,6 +81,10 @@ class Front:
     """Answers the reads of this process's one FUSE session. Belongs to the event loop's thread.
 
     Takes the session over: from now on its descriptor is a socket.
+
+    Attributes:
+        device: The mount's device.
+        pieces_max: Most pieces of a read that it answers; it misses longer ones in any case.
 
     Args:
         module: From `find_front_module`.
@@ -92,6 +96,7 @@ class Front:
     """
 
     def __init__(self, module: ModuleType, held_bytes_max: int) -> None:
+        self.pieces_max: int = module.PIECES_MAX
         session = find_device()
         self.device = fcntl.fcntl(session, fcntl.F_DUPFD_CLOEXEC, 3)
         os.set_blocking(self.device, False)
@@ -140,10 +145,11 @@ class Front:
     ) -> None:
         try:
             try:
-                await reads.prepare_read(content, offset, size)
+                is_prepared = await reads.prepare_read(content, offset, size)
             except Exception as error:  # of descriptors, say; what matters fails again
                 log.debug("a read was not prepared: %s", error)
-            if self._front.answer(request, content, offset, size):
+                is_prepared = False
+            if is_prepared and self._front.answer(request, content, offset, size):
                 return
             data = await reads.read_content(content, offset, size)
             reply = [OUT_HEADER.pack(OUT_HEADER.size + len(data), 0, request), data]

@@ -212,10 +212,11 @@ class MountOperations(pyfuse3.Operations):
         if handle in self._contents:
             self._reading.on_read(self._contents[handle], offset, size)
 
-    async def prepare_read(self, handle: int, offset: int, size: int) -> None:
+    async def prepare_read(self, handle: int, offset: int, size: int) -> bool:
         """Have the front given what a read needs; what fails will fail again in the read."""
-        if handle in self._contents:
-            await self._reading.prepare(self._contents[handle], offset, size)
+        if handle not in self._contents:
+            return False
+        return await self._reading.prepare(self._contents[handle], offset, size)
 
     @answering
     async def read_content(self, handle: int, offset: int, size: int) -> memoryview | bytearray:

@@ -4,8 +4,10 @@
 stored by the pusher process (`pusher`). A store is only begun when its fragments are published, and
 no request waits for one.
 
-A reader whom the kernel's own read-ahead serves well, with requests of half a MiB and more, is only
-decoded ahead for: a store of as many pages costs more than such a request, and waits for its pages.
+Where the front answers reads (`front`), only what is touched at random is stored: an answer costs
+half of a store. Without it, a reader whom the kernel's own read-ahead serves well, with requests of
+half a MiB and more, is only decoded ahead for: a store of as many pages costs more than such a
+request, and waits for its pages.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from fragfs.cache.place import CachePlace
 from fragfs.cache.shared import FragmentFile, SharedFragmentCache
+from fragfs.mount.device import OUT_HEADER
 from fragfs.mount.guard import start_guard
 from fragfs.mount.table import MountEntry
 from fragfs.reader.ahead import PAGE_BYTES
@@ -49,7 +50,6 @@ PUSHED = struct.Struct("<QiQ")
 
 PARTS_MAX = 256
 
-_OUT_HEADER = struct.Struct("=IiQ")
 _NOTIFY_STORE = struct.Struct("=QQII")
 _FUSE_NOTIFY_STORE = 4
 _MESSAGE_BYTES_MAX = _STORE.size + PARTS_MAX * _PART.size
@@ -200,8 +200,8 @@ class _Pusher:
                 return 0
             files.append(file)
         size = sum(part[3] for part in batch)
-        length = _OUT_HEADER.size + _NOTIFY_STORE.size + size
-        header = _OUT_HEADER.pack(length, _FUSE_NOTIFY_STORE, 0)
+        length = OUT_HEADER.size + _NOTIFY_STORE.size + size
+        header = OUT_HEADER.pack(length, _FUSE_NOTIFY_STORE, 0)
         os.write(self._pipe_in, header + _NOTIFY_STORE.pack(inode, offset, size, 0))
         for file, (_, _, start, count) in zip(files, batch, strict=True):
             while count:

@@ -23,6 +23,7 @@ from fragfs.mount.table import MountEntry
 from fragfs.reader.decoder import DecoderOptions
 from fragfs.reader.fetch import FragmentFetcher
 from fragfs.reader.file import FileReader
+from fragfs.reader.plan import plan_read
 from fragfs.reader.pool import DecoderPool
 
 __all__ = ["MountReading"]
@@ -145,16 +146,22 @@ class MountReading:
         if self._prefill is not None:
             self._prefill.on_read(content, offset, size)
 
-    async def prepare(self, content: OpenContent, offset: int, size: int) -> None:
-        """Give the front what a read needs.
+    async def prepare(self, content: OpenContent, offset: int, size: int) -> bool:
+        """Give the front what a read needs; False if it could not answer it even then.
 
         Raises:
             FragmentError: See `FileReader.read`.
         """
-        assert self._front is not None
-        for number, raw in await self._reader.fragments(content, offset, size):
+        # Without a shared cache fragments are bytes in memory: giving them would copy them.
+        if self._front is None or self._place is None:
+            return False
+        pieces = plan_read(content.extents, offset, size)
+        if len(pieces) > self._front.pieces_max:
+            return False
+        for number, raw in await self._reader.fragments(pieces):
             if not self._front.holds(number):
                 self._front.give(number, raw)
+        return True
 
     def _offer(self, number: int) -> None:
         """Give the front a fragment that will soon be read, if it is at hand."""

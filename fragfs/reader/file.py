@@ -84,11 +84,8 @@ class FileReader:
         self._keep(content, offset + len(data) - 1, fragments[-1])
         return data
 
-    async def fragments(
-        self, content: OpenContent, offset: int, size: int
-    ) -> list[tuple[int, memoryview | FragmentFile]]:
+    async def fragments(self, pieces: list[Piece]) -> list[tuple[int, memoryview | FragmentFile]]:
         """The fragments that a read needs, by number; see `read`."""
-        pieces = plan_read(content.extents, offset, size)
         fragments = await self._fetch_all(pieces)
         return [(piece.fragment, raw) for piece, raw in zip(pieces, fragments, strict=True)]
 

@@ -412,6 +412,7 @@ class FakeReads:
             raise self.prepared
         if self.prepared is not None:
             self.prepared()
+        return self.prepared is not None
 
     async def read_content(self, handle, offset, size):
         await trio.lowlevel.checkpoint()

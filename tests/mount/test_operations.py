@@ -42,6 +42,7 @@ class Reading:
 
     async def prepare(self, content, offset, size):
         self.told.append(("prepare", content.number, offset, size))
+        return True
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ async def test_what_the_front_asks_for(operations):
     file = await walk(operations, b"org", b"m", b"f")
     opened = await operations.open(file.st_ino, os.O_RDONLY, None)
     operations.note_read(opened.fh, 0, 9)
-    await operations.prepare_read(opened.fh, 0, 9)
+    assert await operations.prepare_read(opened.fh, 0, 9)
     assert bytes(await operations.read_content(opened.fh, 0, 9)) == DATA[:9]
     assert operations._reading.told[1:] == [
         ("read", file.st_ino, 0, 9),
@@ -144,7 +145,7 @@ async def test_what_the_front_asks_for(operations):
     # Of a file that was closed meanwhile there is nothing to follow or to prepare.
     told = list(operations._reading.told)
     operations.note_read(opened.fh, 0, 9)
-    await operations.prepare_read(opened.fh, 0, 9)
+    assert not await operations.prepare_read(opened.fh, 0, 9)
     assert operations._reading.told == told
     assert await errno_from(operations.read_content(opened.fh, 0, 9)) == errno.EIO
 
