@@ -514,7 +514,7 @@ def _front(status: dict[str, Any]) -> Iterator[Finding]:
     yield Finding(
         Severity.ADVICE,
         "reads",
-        "go through the interpreter, which takes two to three times as long: the compiled part of"
+        "go through the interpreter, which takes about twice as long: the compiled part of"
         " fragfs was not built",
         "install a C compiler and Linux's headers, then fragfs again",
     )
