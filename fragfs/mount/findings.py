@@ -550,7 +550,8 @@ def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
         yield Finding(
             Severity.OK,
             "prefill",
-            f"on: {_size(prefill.get('pushed_bytes', 0))} stored ahead of readers"
+            "on: decodes ahead of readers;"
+            f" {_size(prefill.get('pushed_bytes', 0))} stored into the page cache"
             + (f", {failed:,} refused" if failed else ""),
         )
 

@@ -243,7 +243,7 @@ def test_a_damaged_cache_is_a_problem_of_its_own():
 @pytest.mark.parametrize(
     ("changed", "level", "text"),
     [
-        ({}, Severity.OK, "on: 9 B stored"),
+        ({}, Severity.OK, "ahead of readers; 9 B stored"),
         ({"prefill": PREFILL | {"failed_stores": 4}}, Severity.OK, "4 refused"),
         ({"prefill": PREFILL | {"pid": None}}, Severity.ADVICE, "may not abort"),
         ({"prefill": PREFILL | {"alive": False}}, Severity.PROBLEM, "keeps ending"),
