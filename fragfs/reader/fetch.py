@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -57,14 +58,13 @@ class FetchStatistics:
 class _Flight:
     """One decode under way and what came of it."""
 
-    __slots__ = ("decode", "done", "error", "in_thread", "is_urgent", "raw", "waits_for")
+    __slots__ = ("decode", "done", "error", "is_urgent", "raw", "waits_for")
 
-    def __init__(self, *, is_urgent: bool, in_thread: bool) -> None:
+    def __init__(self, *, is_urgent: bool) -> None:
         self.done = trio.Event()
         self.raw: memoryview | FragmentFile | None = None
         self.error: BaseException | None = None
         self.is_urgent = is_urgent
-        self.in_thread = in_thread
         self.decode: Decode | None = None
         self.waits_for: tuple[int, ...] = ()
 
@@ -201,9 +201,32 @@ class FragmentFetcher:
 
     def _start(self, number: int, *, urgent: bool, in_thread: bool = False) -> _Flight:
         # No await between the look at _flights and this: that is what makes the flight single.
-        flight = self._flights[number] = _Flight(is_urgent=urgent, in_thread=in_thread)
-        self._nursery.start_soon(self._fly, number, flight)
+        flight = self._flights[number] = _Flight(is_urgent=urgent)
+        pool = None if in_thread else self._usable_pool()
+        if pool is None:
+            self._nursery.start_soon(self._fly, number, flight, None)
+        else:
+            flight.decode = pool.submit(
+                number, partial(self._on_reply, number, flight), urgent=urgent
+            )
         return flight
+
+    def _usable_pool(self) -> DecoderPool | None:
+        pool = self._pool
+        if pool is None or not pool.is_alive or trio.current_time() < self._full_until:
+            return None
+        return pool
+
+    def _on_reply(self, number: int, flight: _Flight, reply: Reply) -> None:
+        """Most flights end with their first reply: only the others become a task."""
+        if reply.status is Status.DONE:
+            self._land(number, flight)
+        else:
+            self._nursery.start_soon(self._fly, number, flight, reply)
+
+    def _land(self, number: int, flight: _Flight) -> None:
+        del self._flights[number]
+        flight.done.set()
 
     def _hurry(self, flight: _Flight) -> None:
         if not flight.is_urgent:
@@ -211,9 +234,10 @@ class FragmentFetcher:
             if self._pool is not None and flight.decode is not None:
                 self._pool.hurry(flight.decode)
 
-    async def _fly(self, number: int, flight: _Flight) -> None:
+    async def _fly(self, number: int, flight: _Flight, reply: Reply | None) -> None:
+        """Go on after a process's first reply, or without one."""
         try:
-            if flight.in_thread or not await self._in_process(number, flight):
+            if reply is None or not await self._in_process(number, flight, reply):
                 flight.raw = await self._in_thread(number)
         except Exception as error:
             flight.error = error
@@ -223,8 +247,7 @@ class FragmentFetcher:
             )
             raise
         finally:
-            del self._flights[number]
-            flight.done.set()
+            self._land(number, flight)
 
     async def _in_thread(self, number: int) -> memoryview:
         source = _Counting(self._cache)
@@ -239,18 +262,12 @@ class FragmentFetcher:
         self._decoded_bytes += source.decoded_bytes
         return raw
 
-    async def _in_process(self, number: int, flight: _Flight) -> bool:
+    async def _in_process(self, number: int, flight: _Flight, reply: Reply) -> bool:
         """Have a decoder process publish a fragment; False if that is not to be had."""
-        pool = self._pool
-        if pool is None or not pool.is_alive or trio.current_time() < self._full_until:
-            return False
         busy_s = 0.0
         poll_s = _POLL_S
         rounds = 0
-        while True:
-            reply = await self._ask(pool, number, flight, with_bases=rounds >= _ROUNDS_MAX)
-            if reply.status is Status.DONE:
-                return True
+        while reply.status is not Status.DONE:
             if reply.status is Status.NEEDS:
                 rounds += 1
                 if self._needs_itself(number, reply.bases):
@@ -266,12 +283,27 @@ class FragmentFetcher:
                 if reply.status is Status.FULL:
                     self._full_until = trio.current_time() + _FULL_S
                 return False
+            pool = self._usable_pool()
+            if pool is None:
+                return False
+            reply = await self._ask(pool, number, flight, with_bases=rounds >= _ROUNDS_MAX)
+        return True
 
     async def _ask(
         self, pool: DecoderPool, number: int, flight: _Flight, *, with_bases: bool
     ) -> Reply:
-        flight.decode = pool.submit(number, urgent=flight.is_urgent, with_bases=with_bases)
-        return await pool.wait(flight.decode)
+        replies: list[Reply] = []
+        replied = trio.Event()
+
+        def on_reply(reply: Reply) -> None:
+            replies.append(reply)
+            replied.set()
+
+        flight.decode = pool.submit(
+            number, on_reply, urgent=flight.is_urgent, with_bases=with_bases
+        )
+        await replied.wait()
+        return replies[0]
 
     def _needs_itself(self, number: int, bases: tuple[int, ...]) -> bool:
         """Whether waiting for some bases would be waiting for oneself."""

@@ -44,20 +44,14 @@ _BASES_MAX = 64
 class Decode:
     """A fragment that is to be decoded, by whom and how soon only the pool knows."""
 
-    __slots__ = ("attempts", "done", "is_taken", "number", "reply", "with_bases")
+    __slots__ = ("attempts", "finish", "is_taken", "number", "with_bases")
 
-    def __init__(self, number: int, *, with_bases: bool) -> None:
+    def __init__(self, number: int, finish: Callable[[Reply], None], *, with_bases: bool) -> None:
         self.number = number
+        self.finish = finish
         self.with_bases = with_bases
         self.is_taken = False
         self.attempts = 0
-        self.reply: Reply | None = None
-        self.done = trio.Event()
-
-    def finish(self, reply: Reply) -> None:
-        """Wake who waits for it."""
-        self.reply = reply
-        self.done.set()
 
 
 class DecoderProcess:
@@ -123,11 +117,29 @@ class DecoderPool:
         """Whether anything will be decoded at all: false when processes keep dying."""
         return self._restarts <= _RESTARTS_MAX
 
-    def submit(self, number: int, *, urgent: bool, with_bases: bool = False) -> Decode:
-        """Have a fragment decoded; its reply comes from `wait`."""
-        job = Decode(number, with_bases=with_bases)
+    def submit(
+        self,
+        number: int,
+        on_reply: Callable[[Reply], None],
+        *,
+        urgent: bool,
+        with_bases: bool = False,
+    ) -> Decode:
+        """Have a fragment decoded.
+
+        Args:
+            number: The fragment.
+            on_reply: Gets the reply, once; `FAILED` if no process lives to give one, or when the
+                pool ends. A function and no task: most decodes are waited for by nobody.
+            urgent: Somebody waits for it.
+            with_bases: Decode missing bases as well.
+        """
+        job = Decode(number, on_reply, with_bases=with_bases)
         (self._urgent if urgent else self._ahead).append(job)
-        self._feed()
+        if self.is_alive:
+            self._feed()
+        else:
+            self._fail_queued()
         return job
 
     def hurry(self, job: Decode) -> None:
@@ -135,14 +147,6 @@ class DecoderPool:
         if not job.is_taken:
             self._urgent.append(job)
             self._feed()
-
-    async def wait(self, job: Decode) -> Reply:
-        """The reply to a job; `FAILED` if no process lives to give one."""
-        if not self.is_alive and not job.done.is_set():
-            return Reply(job.number, Status.FAILED)
-        await job.done.wait()
-        assert job.reply is not None
-        return job.reply
 
     # --- the processes
 
@@ -176,6 +180,14 @@ class DecoderPool:
             process.channel.send(REQUEST.pack(job.number, job.with_bases))
 
     async def _run(self) -> None:
+        try:
+            await self._keep_one()
+        finally:
+            if not self._processes:
+                self._fail_queued()
+
+    async def _keep_one(self) -> None:
+        """Run a process, and another one when it has died, until that is no use."""
         while self.is_alive:
             try:
                 process = self._start(self._options)
@@ -191,6 +203,10 @@ class DecoderPool:
                     await self._receive(process)
                 if process.patience.cancelled_caught:
                     log.warning("a decoder process (%d) does not answer", process.process.pid)
+            except BaseException:
+                for job in process.jobs:
+                    job.finish(Reply(job.number, Status.FAILED))
+                raise
             finally:
                 self._processes.remove(process)
                 process.channel.close()
@@ -202,7 +218,9 @@ class DecoderPool:
             self._take_back(process)
             await trio.sleep(_RESTART_S * self._restarts)
         log.error("decoder processes keep ending: decoding in the daemon itself")
-        while not self._processes and (job := self._next()) is not None:
+
+    def _fail_queued(self) -> None:
+        while (job := self._next()) is not None:
             job.finish(Reply(job.number, Status.FAILED))
 
     async def _receive(self, process: DecoderProcess) -> None:

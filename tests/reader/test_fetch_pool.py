@@ -30,29 +30,31 @@ def identify(number):
 class ScriptedPool:
     """A pool whose replies a test chooses: a function of the job, or what was appended."""
 
-    def __init__(self, answer):
+    def __init__(self, answer, nursery):
         self._answer = answer
+        self._nursery = nursery
         self.is_alive = True
         self.jobs = []
         self.hurried = []
         self.decodes = self.decoded_bytes = self.evictions = 0
         self.working = 0
 
-    def submit(self, number, *, urgent, with_bases=False):
-        job = Decode(number, with_bases=with_bases)
+    def submit(self, number, on_reply, *, urgent, with_bases=False):
+        job = Decode(number, on_reply, with_bases=with_bases)
         self.jobs.append((number, urgent, with_bases))
+        self._nursery.start_soon(self._work, job)
         return job
 
     def hurry(self, job):
         self.hurried.append(job.number)
 
-    async def wait(self, job):
+    async def _work(self, job):
         self.working += 1
         try:
             reply = await self._answer(job)
         finally:
             self.working -= 1
-        return reply
+        job.finish(reply)
 
     def asked(self):
         return [number for number, _, _ in self.jobs]
@@ -97,7 +99,7 @@ def publish(cache, number):
 
 
 def fetcher_of(cache, threads, nursery, answer):
-    pool = ScriptedPool(answer)
+    pool = ScriptedPool(answer, nursery)
     return FragmentFetcher(threads, cache, nursery, workers=2, pool=pool), pool
 
 

@@ -56,7 +56,7 @@ async def test_fragments_of_one_read_are_decoded_side_by_side(nursery):
     both = trio.Event()
 
     class Recording(FragmentFetcher):
-        async def _fly(self, number, flight):
+        async def _fly(self, number, flight, reply):
             nonlocal running, running_max
             running += 1
             running_max = max(running_max, running)
@@ -64,7 +64,7 @@ async def test_fragments_of_one_read_are_decoded_side_by_side(nursery):
                 both.set()
             with trio.move_on_after(1):
                 await both.wait()
-            await super()._fly(number, flight)
+            await super()._fly(number, flight, reply)
             running -= 1
 
     cache = memory_cache()

@@ -67,6 +67,24 @@ def script():
     made.close()
 
 
+class Asked:
+    """A fragment that was asked for, and the reply."""
+
+    def __init__(self, pool, number, *, urgent):
+        self._replies = []
+        self._replied = trio.Event()
+        self.job = pool.submit(number, self._on_reply, urgent=urgent)
+
+    def _on_reply(self, reply):
+        self._replies.append(reply)
+        self._replied.set()
+
+    async def reply(self):
+        await self._replied.wait()
+        assert len(self._replies) == 1
+        return self._replies[0]
+
+
 def pool_of(script, nursery, count=1):
     pool = DecoderPool(OPTIONS, nursery, count, script)
     pool.start()
@@ -79,11 +97,11 @@ async def settled():
 
 async def test_a_job_is_sent_and_answered(script, nursery):
     pool = pool_of(script, nursery)
-    job = pool.submit(7, urgent=True)
+    job = Asked(pool, 7, urgent=True)
     await settled()
     assert script.requests(0) == [7]
     script.answer(0, 7, decoded=2, decoded_bytes=10, decode_ns=3, evicted=1)
-    assert await pool.wait(job) == Reply(7, Status.DONE, 2, 10, 3, 1)
+    assert await job.reply() == Reply(7, Status.DONE, 2, 10, 3, 1)
     assert (pool.decodes, pool.decoded_bytes, pool.decode_ns, pool.evictions) == (2, 10, 3, 1)
     assert pool.pids == [script.processes[0].pid]
 
@@ -98,9 +116,9 @@ async def test_a_process_holds_two_jobs_and_the_urgent_go_first(script, nursery)
     pool = pool_of(script, nursery)
     await settled()
     for number in (1, 2, 3, 4):
-        pool.submit(number, urgent=False)
+        Asked(pool, number, urgent=False)
     for number in (11, 12):
-        pool.submit(number, urgent=True)
+        Asked(pool, number, urgent=True)
     assert script.requests(0) == [1, 2]
     order = []
     for number in (1, 2, 11, 12, 3, 4):
@@ -113,24 +131,24 @@ async def test_a_process_holds_two_jobs_and_the_urgent_go_first(script, nursery)
 async def test_a_job_that_somebody_waits_for_by_now_is_hurried_and_sent_once(script, nursery):
     pool = pool_of(script, nursery)
     await settled()
-    jobs = [pool.submit(number, urgent=False) for number in (1, 2, 3, 4, 5)]
-    pool.hurry(jobs[4])
-    pool.hurry(jobs[4])
-    pool.hurry(jobs[0])
+    jobs = [Asked(pool, number, urgent=False) for number in (1, 2, 3, 4, 5)]
+    pool.hurry(jobs[4].job)
+    pool.hurry(jobs[4].job)
+    pool.hurry(jobs[0].job)
     order = script.requests(0)
     for number in (1, 2, 5, 3, 4):
         script.answer(0, number)
         await settled()
         order += script.requests(0)
     assert order == [1, 2, 5, 3, 4]
-    assert [(await pool.wait(job)).number for job in jobs] == [1, 2, 3, 4, 5]
+    assert [(await job.reply()).number for job in jobs] == [1, 2, 3, 4, 5]
 
 
 async def test_jobs_are_spread(script, nursery):
     pool = pool_of(script, nursery, 3)
     await settled()
     for number in range(6):
-        pool.submit(number, urgent=True)
+        Asked(pool, number, urgent=True)
     assert sorted(len(script.requests(index)) for index in range(3)) == [2, 2, 2]
 
 
@@ -138,7 +156,7 @@ async def test_a_death_costs_nobody_their_reply(script, nursery):
     """Its jobs go to the next process, before what was submitted to be ready early."""
     pool = pool_of(script, nursery)
     await settled()
-    jobs = [pool.submit(number, urgent=False) for number in (1, 2, 3)]
+    jobs = [Asked(pool, number, urgent=False) for number in (1, 2, 3)]
     assert script.requests(0) == [1, 2]
     script.processes[0].kill()
     script.channels[0].close()
@@ -149,14 +167,14 @@ async def test_a_death_costs_nobody_their_reply(script, nursery):
     for number in (1, 2, 3):
         script.answer(1, number)
         await settled()
-    assert [(await pool.wait(job)).status for job in jobs] == [Status.DONE] * 3
+    assert [(await job.reply()).status for job in jobs] == [Status.DONE] * 3
     assert script.processes[0].returncode is not None
 
 
 async def test_another_process_takes_over_at_once(script, nursery):
     pool = pool_of(script, nursery, 2)
     await settled()
-    jobs = [pool.submit(number, urgent=True) for number in (1, 2)]
+    jobs = [Asked(pool, number, urgent=True) for number in (1, 2)]
     asked = [script.requests(index) for index in range(2)]
     assert sorted(asked) == [[1], [2]]
     script.channels[0].close()
@@ -164,13 +182,13 @@ async def test_another_process_takes_over_at_once(script, nursery):
     assert script.requests(1) == asked[0]
     for (number,) in (asked[1], asked[0]):
         script.answer(1, number)
-    assert [(await pool.wait(job)).status for job in jobs] == [Status.DONE] * 2
+    assert [(await job.reply()).status for job in jobs] == [Status.DONE] * 2
 
 
 async def test_a_record_that_kills_two_processes_is_given_up(script, nursery, autojump_clock):
     pool = pool_of(script, nursery)
     await settled()
-    job = pool.submit(1, urgent=True)
+    job = Asked(pool, 1, urgent=True)
     for index in range(2):
         with trio.fail_after(5):
             while len(script.channels) <= index or not pool.pids:  # noqa: ASYNC110
@@ -179,7 +197,7 @@ async def test_a_record_that_kills_two_processes_is_given_up(script, nursery, au
         script.channels[index].close()
         script.processes[index].kill()
         await trio.sleep(0.01)
-    assert (await pool.wait(job)).status is Status.FAILED
+    assert (await job.reply()).status is Status.FAILED
     assert pool.is_alive
 
 
@@ -188,14 +206,14 @@ async def test_processes_that_keep_dying_are_not_started_for_ever(
 ):
     script.dying = True
     pool = pool_of(script, nursery, 2)
-    jobs = [pool.submit(number, urgent=number % 2 == 0) for number in range(10)]
+    jobs = [Asked(pool, number, urgent=number % 2 == 0) for number in range(10)]
     for job in jobs:
-        assert (await pool.wait(job)).status is Status.FAILED
+        assert (await job.reply()).status is Status.FAILED
     await trio.sleep(60)
     assert not pool.is_alive
     assert pool.pids == []
     assert len(script.processes) <= 12
-    assert (await pool.wait(pool.submit(99, urgent=True))).status is Status.FAILED
+    assert (await Asked(pool, 99, urgent=True).reply()).status is Status.FAILED
     assert "decoding in the daemon itself" in caplog.text
     assert all(process.returncode is not None for process in script.processes)
 
@@ -203,11 +221,11 @@ async def test_processes_that_keep_dying_are_not_started_for_ever(
 async def test_a_reply_in_between_forgives_deaths(script, nursery, autojump_clock):
     pool = pool_of(script, nursery)
     for index in range(20):
-        job = pool.submit(index, urgent=True)
+        job = Asked(pool, index, urgent=True)
         await trio.sleep(5)
         assert script.requests(index) == [index]
         script.answer(index, index)
-        assert (await pool.wait(job)).status is Status.DONE
+        assert (await job.reply()).status is Status.DONE
         script.channels[index].close()
         await trio.sleep(0.001)
     assert pool.is_alive
@@ -216,8 +234,8 @@ async def test_a_reply_in_between_forgives_deaths(script, nursery, autojump_cloc
 async def test_a_system_that_refuses_processes(script, nursery, caplog):
     script.refusing = True
     pool = pool_of(script, nursery)
-    job = pool.submit(1, urgent=True)
-    assert (await pool.wait(job)).status is Status.FAILED
+    job = Asked(pool, 1, urgent=True)
+    assert (await job.reply()).status is Status.FAILED
     assert not pool.is_alive
     assert "too many processes" in caplog.text
 
@@ -226,15 +244,15 @@ async def test_a_process_that_does_not_answer_is_replaced(script, nursery, autoj
     """Stopped, or waiting for a disk: its claims are freed and its jobs done elsewhere."""
     pool = pool_of(script, nursery)
     await trio.sleep(1)
-    first = pool.submit(1, urgent=True)
+    first = Asked(pool, 1, urgent=True)
     await trio.sleep(20)  # it may still be starting
     script.answer(0, 1)
-    assert (await pool.wait(first)).status is Status.DONE
+    assert (await first.reply()).status is Status.DONE
     await trio.sleep(1000)  # idle is not hanging
     assert pool.pids == [script.processes[0].pid]
     os.kill(script.processes[0].pid, signal.SIGSTOP)
     started = trio.current_time()
-    jobs = [pool.submit(number, urgent=True) for number in (2, 3)]
+    jobs = [Asked(pool, number, urgent=True) for number in (2, 3)]
     with trio.fail_after(8):
         while len(script.channels) < 2 or not pool.pids:  # noqa: ASYNC110
             await trio.sleep(0.01)
@@ -243,25 +261,27 @@ async def test_a_process_that_does_not_answer_is_replaced(script, nursery, autoj
     assert script.processes[0].returncode == -signal.SIGKILL
     for number in script.requests(1):
         script.answer(1, number)
-    assert [(await pool.wait(job)).status for job in jobs] == [Status.DONE] * 2
+    assert [(await job.reply()).status for job in jobs] == [Status.DONE] * 2
 
 
 async def test_a_slow_process_that_answers_is_left_alone(script, nursery, autojump_clock):
     pool = pool_of(script, nursery)
-    jobs = [pool.submit(number, urgent=True) for number in range(10)]
+    jobs = [Asked(pool, number, urgent=True) for number in range(10)]
     for number, job in enumerate(jobs):
         await trio.sleep(4)
         script.answer(0, number)
-        assert (await pool.wait(job)).status is Status.DONE
+        assert (await job.reply()).status is Status.DONE
     assert len(script.processes) == 1
 
 
 async def test_processes_end_with_the_nursery(script):
     async with trio.open_nursery() as nursery:
         pool = pool_of(script, nursery, 3)
-        pool.submit(1, urgent=True)
+        jobs = [Asked(pool, number, urgent=True) for number in range(10)]
         await settled()
         assert len(pool.pids) == 3
         nursery.cancel_scope.cancel()
+    # Sent or queued: nobody is left waiting.
+    assert [(await job.reply()).status for job in jobs] == [Status.FAILED] * 10
     assert [process.returncode for process in script.processes] == [-signal.SIGKILL] * 3
     assert pool.pids == []
