@@ -56,12 +56,17 @@ class LayeredFragmentCache:
         self.held = held
         self.shared = shared
 
-    def find(self, number: int) -> memoryview | FragmentFile | None:
-        """A fragment, or None if it has to be decoded."""
+    def find(self, number: int, *, check: bool = False) -> memoryview | FragmentFile | None:
+        """A fragment, or None if it has to be decoded.
+
+        Args:
+            number: The fragment.
+            check: Check its bytes, unless it is at hand already.
+        """
         found = self.held.get(number)
         if found is not None or self.shared is None:
             return found
-        return self._find_shared(self.shared, number, check=False)
+        return self._find_shared(self.shared, number, check=check)
 
     def _find_shared(
         self, shared: SharedFragmentCache, number: int, *, check: bool
@@ -72,9 +77,12 @@ class LayeredFragmentCache:
         file = shared.get(metadata.id, metadata.raw_size, check=check or is_small)
         if file is not None:
             self.held.put(number, file.view() if is_small else file)
-            credit_s = _BASE_CREDIT_S if self._is_needed(number) else _SERVED_CREDIT_S
-            shared.touch(metadata.id, credit_s)
+            shared.touch(metadata.id, self.served_credit_s(number))
         return file
+
+    def served_credit_s(self, number: int) -> float:
+        """How much later than its last use a fragment counts as used, once it was served."""
+        return _BASE_CREDIT_S if self._is_needed(number) else _SERVED_CREDIT_S
 
     def get(self, number: int) -> memoryview | None:
         """The bytes of a fragment to decode with, or None if they have to be decoded.

@@ -159,6 +159,11 @@ class SharedFragmentCache:
         check_all: Check the bytes of every fragment when it is mapped. By default on disk; in
             memory all are checked that were there before this process came, one in sixteen of the
             others, and all as soon as anybody found one damaged.
+
+    Attributes:
+        place: Where and how large.
+        since_ns: When this process came, in nanoseconds since 1970: files that were changed before
+            are checked.
     """
 
     def __init__(self, place: CachePlace, *, check_all: bool | None = None) -> None:
@@ -167,13 +172,14 @@ class SharedFragmentCache:
         self._check_all = not place.in_memory if check_all is None else check_all
         # Who filled the place before is not known: a killed daemon, or somebody who meant harm. The
         # time of change of a file is the one that its owner cannot set.
-        self._since_ns = time.time_ns()
+        self.since_ns = time.time_ns()
         self._lock = threading.Lock()
         self._bytes_max = place.bytes_max
         self._bytes_held = 0
         self._put_since_scan = 0
         self._full_until = 0.0
         self._hits = 0
+        self._asked = 0
         self._misses = 0
         self._puts = 0
         self._refused = 0
@@ -233,7 +239,7 @@ class SharedFragmentCache:
 
     def holds(self, fragment: FragmentId) -> bool:
         """Whether a fragment is there; it may leave at any moment."""
-        return os.path.exists(os.path.join(self._path, file_name(fragment)))
+        return os.path.exists(f"{self._path}/{file_name(fragment)}")
 
     def touch(self, fragment: FragmentId, credit_s: float) -> None:
         """Move a fragment in the order of leaving.
@@ -246,6 +252,26 @@ class SharedFragmentCache:
         with contextlib.suppress(OSError):
             os.utime(os.path.join(self._path, file_name(fragment)), ns=(at_ns, at_ns))
 
+    def fileno(self) -> int:
+        """Descriptor of the claims: its first byte is there once anybody found damage."""
+        return self._claims
+
+    def is_to_check(self, fragment: FragmentId, *, is_there: bool) -> bool:
+        """Whether a fragment's bytes are to be checked before they are used next.
+
+        Args:
+            fragment: Its id.
+            is_there: False if it is only coming.
+        """
+        self._asked += 1
+        if self._check_all or not self._asked % _CHECK_ONE_IN:
+            return True
+        if is_there:
+            with contextlib.suppress(OSError):
+                status = os.stat(f"{self._path}/{file_name(fragment)}")
+                return status.st_ctime_ns < self.since_ns
+        return False
+
     def _is_right(self, file: FragmentFile, fragment: FragmentId, *, check: bool) -> bool:
         size = file.nbytes
         status = os.fstat(file.fileno())
@@ -257,7 +283,7 @@ class SharedFragmentCache:
             return False
         # The hash of a fragment in memory costs a tenth of storing it into the page cache: too
         # much for every one of them, and what memory forgets, the page cache would forget as well.
-        is_ours = status.st_ctime_ns >= self._since_ns
+        is_ours = status.st_ctime_ns >= self.since_ns
         if not check and is_ours and self._hits % _CHECK_ONE_IN and not self._is_suspect():
             return True
         return bool(xxhash.xxh3_64_intdigest(file.view()) == checksum)

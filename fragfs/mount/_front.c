@@ -3,8 +3,8 @@
  *
  * What it does not hold itself, and everything that is no read, it passes on: reads as records into
  * a pipe, for the event loop (front.py); other requests as messages to pyfuse3, which takes the
- * socket for the device. It decides nothing: which fragments there are, and that their bytes are
- * right, it is told by `give`.
+ * socket for the device. Which fragments it may open, and which were checked, it is told by `name`
+ * and `give`.
  *
  * Source: Linux include/uapi/linux/fuse.h; fs/fuse/dev.c. A reply to a request that nobody waits
  * for any more fails with ENOENT, which is no error.
@@ -26,8 +26,8 @@
 #define REQUEST_BYTES_MAX ((1 << 20) + (64 << 10)) /* the kernel reserves room for the largest write */
 #define LISTING_BYTES_MAX (64u << 10)              /* a reply must fit a socket's buffer */
 #define FORGETS_MAX 512u
-#define NOTES_BYTES_MAX (2u << 20)
-#define NOTES_MS_MAX 1 /* how long a note is kept back for more of them */
+#define NOTES_BYTES_MAX (8u << 20)
+#define NOTES_MS_MAX 8 /* how long a note is kept back for more of them */
 
 static int64_t now_ns(void)
 {
@@ -293,23 +293,10 @@ static PyObject *front_holds(Front *self, PyObject *args)
 
 static PyObject *give(Front *self, int64_t fragment, int descriptor, char *copy, size_t size)
 {
-    struct slot *slot = NULL;
-
     pthread_mutex_lock(&self->lock);
-    if (fragment > 0 && size <= self->bytes_max && !find_slot(self, fragment)) {
-        while (self->bytes_held + size > self->bytes_max || !(slot = find_slot(self, 0))) {
-            struct slot *oldest = oldest_slot(self);
-            if (!oldest)
-                break;
-            empty_slot(self, oldest);
-        }
-    }
-    if (slot) {
-        *slot = (struct slot){fragment, ++self->clock, 0, descriptor, copy, size};
-        self->bytes_held += size;
-    }
+    bool taken = fill_slot(self, fragment, descriptor, copy, size);
     pthread_mutex_unlock(&self->lock);
-    if (!slot) {
+    if (!taken) {
         if (descriptor >= 0)
             close(descriptor);
         free(copy);
@@ -342,6 +329,61 @@ static PyObject *front_give_bytes(Front *self, PyObject *args)
     int failed = take_buffer(&raw, size, 1, &copy);
     PyBuffer_Release(&raw);
     return failed ? NULL : give(self, fragment, -1, copy, size);
+}
+
+static PyObject *front_use_cache(Front *self, PyObject *args)
+{
+    const char *directory;
+    int claims;
+    long long since_ns;
+
+    if (!PyArg_ParseTuple(args, "yiL", &directory, &claims, &since_ns))
+        return NULL;
+    if (self->names) {
+        PyErr_SetString(PyExc_TypeError, "it uses a cache already");
+        return NULL;
+    }
+    int own = fcntl(claims, F_DUPFD_CLOEXEC, 3);
+    if (own < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    char *copy = strdup(directory);
+    struct name *names = calloc(NAMES, sizeof *names);
+    if (!copy || !names) {
+        free(copy);
+        free(names);
+        close(own);
+        return PyErr_NoMemory();
+    }
+    pthread_mutex_lock(&self->lock);
+    self->directory = copy;
+    self->claims = own;
+    self->since_ns = since_ns;
+    self->names = names;
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
+}
+
+static PyObject *front_name(Front *self, PyObject *args)
+{
+    long long fragment, size, credit_ns;
+    Py_buffer id;
+
+    if (!PyArg_ParseTuple(args, "Ly*LL", &fragment, &id, &size, &credit_ns))
+        return NULL;
+    struct name name = {fragment, (uint64_t)size, credit_ns, {0}};
+    bool fits = id.len == ID_BYTES;
+    if (fits)
+        memcpy(name.id, id.buf, ID_BYTES);
+    PyBuffer_Release(&id);
+    if (!fits || fragment <= 0 || size < 0) {
+        PyErr_SetString(PyExc_ValueError, "no fragment has such a number, id or size");
+        return NULL;
+    }
+    pthread_mutex_lock(&self->lock);
+    if (self->names)
+        set_name(self, &name);
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
 }
 
 static PyObject *front_answer(Front *self, PyObject *args)
@@ -404,8 +446,9 @@ static PyObject *front_counters(Front *self, PyObject *unused)
     (void)unused;
     pthread_mutex_lock(&self->lock);
     unsigned long long reads = self->reads, bytes_returned = self->bytes_returned;
+    unsigned long long opened = self->opened;
     pthread_mutex_unlock(&self->lock);
-    return Py_BuildValue("KK", reads, bytes_returned);
+    return Py_BuildValue("KKK", reads, bytes_returned, opened);
 }
 
 static int front_init(Front *self, PyObject *args, PyObject *keywords)
@@ -461,6 +504,10 @@ static void front_dealloc(Front *self)
     free(self->answering.buffer);
     free(self->request);
     free(self->reply);
+    if (self->names)
+        close(self->claims);
+    free(self->names);
+    free(self->directory);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF(type);
@@ -483,9 +530,14 @@ static PyMethodDef front_methods[] = {
      "give_file(fragment, descriptor, size): its bytes are at the start of an open file"},
     {"give_bytes", (PyCFunction)front_give_bytes, METH_VARARGS,
      "give_bytes(fragment, raw): its bytes, which are copied"},
+    {"use_cache", (PyCFunction)front_use_cache, METH_VARARGS,
+     "use_cache(directory, claims, since_ns): where files of the cache are; none is opened that is"
+     " older, or while the first byte of the claims is set"},
+    {"name", (PyCFunction)front_name, METH_VARARGS,
+     "name(fragment, id, size, credit_ns): its file in the cache may be opened when it is read"},
     {"answer", (PyCFunction)front_answer, METH_VARARGS,
      "answer(unique, number, offset, size): answer a read that was missed; False if it cannot"},
-    {"counters", (PyCFunction)front_counters, METH_NOARGS, "counters(): (reads, bytes returned)"},
+    {"counters", (PyCFunction)front_counters, METH_NOARGS, "counters(): (reads, bytes returned, files opened)"},
     {NULL, NULL, 0, NULL},
 };
 
@@ -513,7 +565,7 @@ PyMODINIT_FUNC PyInit__front(void)
     PyObject *type = PyType_FromSpec(&front_spec);
     /* front.py uses no module of another version: a file built for older sources. */
     if (!type || PyModule_AddObjectRef(created, "Front", type) ||
-        PyModule_AddIntConstant(created, "VERSION", 2) ||
+        PyModule_AddIntConstant(created, "VERSION", 3) ||
         PyModule_AddIntConstant(created, "PIECES_MAX", PIECES_MAX)) {
         Py_XDECREF(type);
         Py_DECREF(created);

@@ -1,4 +1,4 @@
-/* What the two files of the front share: _reads.c holds fragments and answers reads with them,
+/* What the files of the front share: _held.c holds fragments, _reads.c answers reads with them,
  * _front.c takes requests and is what Python sees. */
 #ifndef FRAGFS_FRONT_H
 #define FRAGFS_FRONT_H
@@ -14,6 +14,8 @@
 #define SLOTS 256
 #define BUCKETS 1024
 #define NOTES_MAX 16
+#define NAMES 4096
+#define ID_BYTES 32
 #define PIECES_MAX 64 /* of a read that is answered; longer ones are missed */
 
 /* What the event loop is told; front.py unpacks it. */
@@ -22,6 +24,15 @@ enum { SERVED = 0, MISSED = 1, ENDED = 2 };
 struct record {
     uint64_t unique, number, offset;
     uint32_t size, kind;
+};
+
+/* A fragment whose file may be opened without asking; NAMES of them, by the remainder of their
+ * numbers. */
+struct name {
+    int64_t fragment; /* 0: none */
+    uint64_t size;
+    int64_t credit_ns; /* how much later than now it is used last, in the order of leaving */
+    uint8_t id[ID_BYTES];
 };
 
 /* Bytes of a fragment: an open file of the cache, or a copy. */
@@ -57,8 +68,12 @@ typedef struct {
     pthread_mutex_t lock; /* of all that follows */
     struct slot slots[SLOTS];
     struct file *files[BUCKETS];
+    struct name *names; /* NULL: nothing is opened */
+    char *directory;
+    int claims;
+    int64_t since_ns;
     size_t bytes_held, bytes_max;
-    uint64_t clock, reads, bytes_returned;
+    uint64_t clock, reads, bytes_returned, opened;
     char *request, *reply;   /* what passes through `serve` and `relay` */
     struct worker serving;   /* of the thread in `serve` */
     struct worker answering; /* of who calls `answer`, one at a time */
@@ -78,8 +93,10 @@ void close_pipe(struct worker *worker);
 /* The lock is held by who calls these. */
 struct file **find_file(Front *front, uint64_t number);
 struct slot *find_slot(Front *front, int64_t fragment);
-struct slot *oldest_slot(Front *front);
+struct slot *get_slot(Front *front, int64_t fragment);
+bool fill_slot(Front *front, int64_t fragment, int descriptor, char *copy, size_t size);
 void empty_slot(Front *front, struct slot *slot);
+void set_name(Front *front, const struct name *name);
 void free_file(struct file *file);
 
 #endif

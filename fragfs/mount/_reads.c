@@ -1,4 +1,4 @@
-/* The fragments that the front holds, and the replies that are made of them. */
+/* The replies to reads, of the fragments that the front holds. */
 
 #include "_front.h"
 
@@ -177,58 +177,9 @@ static size_t pages_of(const struct piece *pieces, int count)
     return pages;
 }
 
-/* --- what is held; the lock is held by the caller */
-
-void empty_slot(Front *front, struct slot *slot)
-{
-    front->bytes_held -= slot->size;
-    if (slot->descriptor >= 0)
-        close(slot->descriptor);
-    free(slot->copy);
-    memset(slot, 0, sizeof *slot);
-    slot->descriptor = -1;
-}
-
-struct slot *find_slot(Front *front, int64_t fragment)
-{
-    for (int i = 0; i < SLOTS; i++)
-        if (front->slots[i].fragment == fragment)
-            return &front->slots[i];
-    return NULL;
-}
-
-/* The one that was not used for longest; NULL if all are in use now. */
-struct slot *oldest_slot(Front *front)
-{
-    struct slot *oldest = NULL;
-
-    for (int i = 0; i < SLOTS; i++) {
-        struct slot *slot = &front->slots[i];
-        if (slot->fragment && !slot->pins && (!oldest || slot->used < oldest->used))
-            oldest = slot;
-    }
-    return oldest;
-}
-
-struct file **find_file(Front *front, uint64_t number)
-{
-    struct file **at = &front->files[number % BUCKETS];
-
-    while (*at && (*at)->number != number)
-        at = &(*at)->next;
-    return at;
-}
-
-void free_file(struct file *file)
-{
-    free(file->ends);
-    free(file->fragments);
-    free(file->sizes);
-    free(file->offsets);
-    free(file);
-}
-
-/* Cuts a read into pieces of what is held, and pins them; -1 if some of it is not. */
+/* --- reads
+ *
+ * Cuts one into pieces of what is held, and pins them; -1 if some of it is not. */
 static int pin_pieces(Front *front, struct file *file, uint64_t offset, size_t size,
                       struct piece *pieces)
 {
@@ -249,7 +200,7 @@ static int pin_pieces(Front *front, struct file *file, uint64_t offset, size_t s
         size_t taken = file->sizes[i] - (size_t)skipped;
         if (taken > size)
             taken = size;
-        struct slot *slot = find_slot(front, file->fragments[i]);
+        struct slot *slot = get_slot(front, file->fragments[i]);
         uint64_t start = file->offsets[i] + skipped;
         if (!slot || start + taken > slot->size)
             goto missed;
@@ -265,8 +216,6 @@ missed:
         pieces[--count].slot->pins--;
     return -1;
 }
-
-/* --- reads */
 
 bool answer_read(Front *front, struct worker *worker, uint64_t unique, uint64_t number,
                  uint64_t offset, size_t size)

@@ -2,9 +2,10 @@
 
 pyfuse3 opens the session, then gets a socket in the place of its device: what it reads there are
 the requests that are no reads, and what it writes there goes to the kernel. A read is answered at
-once, without the interpreter, if its fragments were given to the front; else the event loop gets
-them, gives them, and has the read answered then. Whoever decodes ahead gives ahead, so that most
-reads never come here but as a note of where their reader is.
+once, without the interpreter, if its fragments are in the shared cache and the front was told that
+it may open them, or was given them; else the event loop has them decoded, and then has the read
+answered. What is decoded ahead is named ahead, so that most reads never come here but as a note of
+where their reader is.
 
 Where the module was not built there is no front, and pyfuse3 hands every read to
 `mount.operations`.
@@ -27,16 +28,17 @@ from typing import Protocol
 import trio
 from pyfuse3 import FUSEError
 
-from fragfs.cache.shared import FragmentFile
+from fragfs.cache.shared import FragmentFile, SharedFragmentCache
 from fragfs.library.extents import OpenContent
 from fragfs.mount.device import OUT_HEADER, find_device
 from fragfs.reader.ahead import PAGE_BYTES
+from fragfs.types import FragmentMetadata
 
 __all__ = ["Front", "Reads", "find_front_module"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 """Of the module and what it takes; raised with every change to it, here and in the source."""
 
 _RECORD = struct.Struct("=QQQII")
@@ -71,7 +73,7 @@ class Reads(Protocol):
         """Learn of a read; called for each, in the order in which they came."""
 
     async def prepare_read(self, handle: int, offset: int, size: int) -> bool:
-        """Have the front given what a read needs; False where that is not possible."""
+        """Have what a read needs decoded, and the front told; False where that is no use."""
 
     async def read_content(self, handle: int, offset: int, size: int) -> memoryview | bytearray:
         """The bytes of a read; raises FUSEError."""
@@ -174,10 +176,19 @@ class Front:
         os.close(self._records_in)
         os.close(self.device)
 
-    def counters(self) -> tuple[int, int]:
-        """Reads it answered, and the bytes of them."""
-        reads, bytes_returned = self._front.counters()
-        return reads, bytes_returned
+    def counters(self) -> tuple[int, int, int]:
+        """Reads it answered, the bytes of them, and how many fragments it opened."""
+        reads, bytes_returned, opened = self._front.counters()
+        return reads, bytes_returned, opened
+
+    def use_cache(self, shared: SharedFragmentCache) -> None:
+        """Tell it where the files are that it may open.
+
+        Raises:
+            OSError: The system refused a descriptor.
+        """
+        directory = os.fsencode(shared.place.directory)
+        self._front.use_cache(directory, shared.fileno(), shared.since_ns)
 
     def open_file(self, content: OpenContent) -> None:
         """Tell it of a file that is open."""
@@ -192,6 +203,16 @@ class Front:
     def holds(self, fragment: int) -> bool:
         """Whether it can answer reads of a fragment, and will be able to for some time."""
         return bool(self._front.holds(fragment))
+
+    def name(self, fragment: FragmentMetadata, credit_s: float) -> None:
+        """Let it open a fragment's file in the cache, unchecked, when somebody reads it.
+
+        Args:
+            fragment: The fragment; the file may not be there yet.
+            credit_s: See `SharedFragmentCache.touch`.
+        """
+        credit_ns = int(credit_s * 1e9)
+        self._front.name(fragment.number, fragment.id, fragment.raw_size, credit_ns)
 
     def give(self, fragment: int, raw: memoryview | FragmentFile) -> None:
         """Have it answer reads of a fragment."""

@@ -41,8 +41,9 @@ __all__ = ["Prefill", "PrefillStatistics", "Pusher", "PusherProcess", "start_pus
 log = logging.getLogger(__name__)
 
 _STORED_BYTES = 960 << 10
-_READY_BYTES = 4 << 20
-"""What is stored, or made ready, in one turn."""
+"""What is stored in one turn."""
+
+_BEGUN_IN_ONE_TURN = 32
 
 _STORES_IN_FLIGHT = 2
 _LEAP_BYTES = 1 << 20
@@ -273,16 +274,9 @@ class _Followed:
 class _Coming:
     """The fragments of a window: each is begun once, some ahead of the one that is waited for."""
 
-    def __init__(
-        self,
-        extents: ExtentMap,
-        window: Window,
-        fetcher: FragmentFetcher,
-        offer: Callable[[int], None] | None,
-    ) -> None:
+    def __init__(self, extents: ExtentMap, window: Window, fetcher: FragmentFetcher) -> None:
         self._extents = extents
         self._fetcher = fetcher
-        self._offer = offer
         self._next = extents.index_at(window.start)
         self._end = extents.index_at(window.stop - 1) + 1
         self._waiting: dict[int, int] = {}  # extent -> fragment that was not at hand
@@ -300,8 +294,6 @@ class _Coming:
         for index in range(first, last + 1):
             if index in self._waiting:
                 await self._fetcher.ready(self._waiting.pop(index))
-            if self._offer is not None:
-                self._offer(self._extents.fragments[index])
 
 
 class Prefill:
@@ -316,7 +308,8 @@ class Prefill:
         nursery: Where windows are worked on.
         cache_bytes_max: Budget of the fragment cache: windows stay far below it.
         read_ahead_kb: How far the kernel reads ahead on the mount; None if it does not say.
-        offer: Given the number of every fragment that is ready for a reader who is on the way.
+        offer: Told the number of each fragment that a reader will want soon, and whether it is
+            decoded already.
     """
 
     def __init__(
@@ -327,7 +320,7 @@ class Prefill:
         nursery: trio.Nursery,
         cache_bytes_max: int,
         read_ahead_kb: Callable[[], int | None],
-        offer: Callable[[int], None] | None = None,
+        offer: Callable[[int, bool], None] | None = None,
     ) -> None:
         self._read_ahead_kb = read_ahead_kb
         self._offer = offer
@@ -373,34 +366,50 @@ class Prefill:
 
     async def _work(self, followed: _Followed, window: Window) -> None:
         try:
-            coming = _Coming(followed.content.extents, window, self._fetcher, self._offer)
-            is_storing = self._is_to_store(followed, window)
-            chunk = _STORED_BYTES if is_storing else _READY_BYTES
-            position = window.start
-            while position < window.stop:
-                stream = window.stream
-                if stream is not None and stream.front > position:
-                    # The reader has overtaken: what it asks for itself is not stored again.
-                    position = -(-(stream.front + _LEAP_BYTES) // PAGE_BYTES) * PAGE_BYTES
-                    if position >= window.stop:
-                        return
-                if self._is_memory_short():
-                    return
-                stop = min(position + chunk, window.stop)
-                await coming.ready(position, stop)
-                pusher = self.pusher
-                if pusher is not None and pusher.is_alive and is_storing:
-                    for part in _without_tripwire(position, stop, window.trip):
-                        await self._store(pusher, followed.content, *part)
-                else:
-                    # Nothing may have been waited for: requests have their turn first.
-                    await trio.lowlevel.checkpoint()
-                position = stop
+            if self.pusher is not None and self._is_to_store(followed, window):
+                await self._store_window(self.pusher, followed.content, window)
+            else:
+                await self._decode_window(followed.content.extents, window)
         except FragmentError:
             return  # whoever reads these bytes will be told
         except Exception:
             # Nobody waits for this, so nothing that goes wrong here may end the mount.
             log.exception("decoding ahead failed")
+
+    async def _decode_window(self, extents: ExtentMap, window: Window) -> None:
+        """Have a window decoded, whenever the decoders come to it."""
+        index = extents.index_at(window.start)
+        end = extents.index_at(window.stop - 1) + 1
+        while index < end and not self._is_memory_short():
+            stop = min(index + _BEGUN_IN_ONE_TURN, end)
+            for number in extents.fragments[index:stop]:
+                is_there = self._fetcher.begin_nowait(number, urgent=False)
+                if self._offer is not None:
+                    self._offer(number, is_there)
+            index = stop
+            await trio.lowlevel.checkpoint()  # requests have their turn
+
+    async def _store_window(self, pusher: Pusher, content: OpenContent, window: Window) -> None:
+        """Have a window decoded and stored, front to back."""
+        coming = _Coming(content.extents, window, self._fetcher)
+        position = window.start
+        while position < window.stop:
+            stream = window.stream
+            if stream is not None and stream.front > position:
+                # The reader has overtaken: what it asks for itself is not stored again.
+                position = -(-(stream.front + _LEAP_BYTES) // PAGE_BYTES) * PAGE_BYTES
+                if position >= window.stop:
+                    return
+            if self._is_memory_short():
+                return
+            stop = min(position + _STORED_BYTES, window.stop)
+            await coming.ready(position, stop)
+            if pusher.is_alive:
+                for part in _without_tripwire(position, stop, window.trip):
+                    await self._store(pusher, content, *part)
+            else:
+                await trio.lowlevel.checkpoint()  # nothing may have been waited for
+            position = stop
 
     def _is_to_store(self, followed: _Followed, window: Window) -> bool:
         """Whether the pages of a window are stored, rather than only made ready to be answered.

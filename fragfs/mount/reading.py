@@ -94,6 +94,8 @@ class MountReading:
             front: What answers its reads; None if that is only this.
         """
         self._front = front
+        if front is not None and self._cache.shared is not None:
+            front.use_cache(self._cache.shared)
         if self._pool is not None:
             self._pool.start()
         if not self._options.prefill or self._place is None:
@@ -147,26 +149,34 @@ class MountReading:
             self._prefill.on_read(content, offset, size)
 
     async def prepare(self, content: OpenContent, offset: int, size: int) -> bool:
-        """Give the front what a read needs; False if it could not answer it even then.
+        """Have the front able to answer a read; False if it could not even then.
+
+        What cannot be decoded fails again in `read`, which says why.
 
         Raises:
-            FragmentError: See `FileReader.read`.
+            FragmentError: The catalog is damaged.
         """
         # Without a shared cache fragments are bytes in memory: giving them would copy them.
-        if self._front is None or self._place is None:
+        if self._front is None or self._cache.shared is None:
             return False
         pieces = plan_read(content.extents, offset, size)
         if len(pieces) > self._front.pieces_max:
             return False
-        for number, raw in await self._reader.fragments(pieces):
-            if not self._front.holds(number):
-                self._front.give(number, raw)
+        numbers = {piece.fragment for piece in pieces}
+        missing = [number for number in numbers if not self._front.holds(number)]
+        await self._fetcher.all_ready(missing)
+        for number in missing:
+            self._offer(number, is_there=True)
         return True
 
-    def _offer(self, number: int) -> None:
-        """Give the front a fragment that will soon be read, if it is at hand."""
+    def _offer(self, number: int, is_there: bool) -> None:
+        """Let the front open a fragment that will be read, or give it what is to be checked."""
         assert self._front is not None
-        if not self._front.holds(number) and (raw := self._cache.find(number)) is not None:
+        assert self._cache.shared is not None
+        fragment = self._cache.identify(number)
+        if not self._cache.shared.is_to_check(fragment.id, is_there=is_there):
+            self._front.name(fragment, self._cache.served_credit_s(number))
+        elif is_there and (raw := self._cache.find(number, check=True)) is not None:
             self._front.give(number, raw)
 
     async def read(self, content: OpenContent, offset: int, size: int) -> memoryview | bytearray:
@@ -181,7 +191,7 @@ class MountReading:
     def status(self) -> dict[str, object]:
         """The counters of this mount, for the extended attribute `user.fragfs.status`."""
         fetched = self._fetcher.statistics()
-        reads, bytes_returned = self._front.counters() if self._front is not None else (0, 0)
+        reads, bytes_returned, opened = self._front.counters() if self._front else (0, 0, 0)
         status: dict[str, object] = {
             "pid": os.getpid(),
             "helpers": self._pool.pids if self._pool is not None else [],
@@ -204,7 +214,7 @@ class MountReading:
                 "in_memory": counted.in_memory,
                 "bytes_max": counted.bytes_max,
                 "bytes_held": counted.bytes_held,
-                "hits": counted.hits,
+                "hits": counted.hits + opened,
                 "misses": counted.misses,
                 "evictions": counted.evictions + (self._pool.evictions if self._pool else 0),
                 "damaged": counted.damaged,

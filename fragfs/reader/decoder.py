@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fragfs.cache.layered import LayeredFragmentCache
 from fragfs.cache.memory import MemoryFragmentCache
@@ -64,8 +65,10 @@ class Status(enum.IntEnum):
     FULL = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+_STATUSES = tuple(Status)
+
+
+class Reply(NamedTuple):
     """A decoder's answer.
 
     Attributes:
@@ -103,8 +106,8 @@ class Reply:
         """Read what `pack` wrote."""
         number, status, decoded, decoded_bytes, decode_ns, evicted = REPLY.unpack_from(data)
         count = (len(data) - REPLY.size) // 8
-        bases = struct.unpack_from(f"<{count}q", data, REPLY.size)
-        return cls(number, Status(status), decoded, decoded_bytes, decode_ns, evicted, bases)
+        bases = struct.unpack_from(f"<{count}q", data, REPLY.size) if count else ()
+        return cls(number, _STATUSES[status], decoded, decoded_bytes, decode_ns, evicted, bases)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ of it. What another daemon is decoding is polled for by the waiting task, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -146,6 +146,22 @@ class FragmentFetcher:
         """
         if number in self._flights or not self._cache.holds(number):
             flight = self._flights.get(number) or self._start(number, urgent=False)
+            await flight.done.wait()
+
+    async def all_ready(self, numbers: Iterable[int]) -> None:
+        """Wait as `ready` does, for fragments that somebody waits for now."""
+        flights = []
+        for number in numbers:
+            flight = self._flights.get(number)
+            if flight is not None:
+                self._joins += 1
+                self._hurry(flight)
+            elif self._cache.holds(number):
+                continue
+            else:
+                flight = self._start(number, urgent=True)
+            flights.append(flight)
+        for flight in flights:
             await flight.done.wait()
 
     async def fetch(self, number: int) -> memoryview | FragmentFile:

@@ -84,11 +84,6 @@ class FileReader:
         self._keep(content, offset + len(data) - 1, fragments[-1])
         return data
 
-    async def fragments(self, pieces: list[Piece]) -> list[tuple[int, memoryview | FragmentFile]]:
-        """The fragments that a read needs, by number; see `read`."""
-        fragments = await self._fetch_all(pieces)
-        return [(piece.fragment, raw) for piece, raw in zip(pieces, fragments, strict=True)]
-
     async def _fetch_all(self, pieces: list[Piece]) -> list[memoryview | FragmentFile]:
         fragments = []
         for index, piece in enumerate(pieces):

@@ -37,6 +37,7 @@ _REPLY_S_MAX = 5.0
 """A decode takes milliseconds: a process that says nothing for so long was stopped, or waits for a
 disk that does not answer. It is killed, which frees its claims."""
 
+_PATIENCE_S = 0.5
 _END_S_MAX = 1.0
 _BASES_MAX = 64
 
@@ -66,8 +67,10 @@ class DecoderProcess:
 
     def expect_reply(self) -> None:
         """Give it time for the next job that it has."""
-        by = max(trio.current_time() + _REPLY_S_MAX, self.started_by)
-        self.patience.deadline = by if self.jobs else math.inf
+        by = max(trio.current_time() + _REPLY_S_MAX, self.started_by) if self.jobs else math.inf
+        # A deadline that moved with every reply would cost more than the reply.
+        if by == math.inf or not 0 <= by - self.patience.deadline < _PATIENCE_S:
+            self.patience.deadline = by
 
 
 class DecoderPool:
@@ -153,12 +156,15 @@ class DecoderPool:
     def _feed(self) -> None:
         while True:
             free = min(self._processes, key=lambda process: len(process.jobs), default=None)
-            if free is None or len(free.jobs) >= _REQUESTS_PER_DECODER:
+            if free is None or not self._feed_one(free):
                 return
-            job = self._next()
-            if job is None:
-                return
-            self._send(free, job)
+
+    def _feed_one(self, process: DecoderProcess) -> bool:
+        """Give a process the next job, if it has room and there is one."""
+        if len(process.jobs) >= _REQUESTS_PER_DECODER or (job := self._next()) is None:
+            return False
+        self._send(process, job)
+        return True
 
     def _next(self) -> Decode | None:
         for queue in (self._urgent, self._ahead):
@@ -244,8 +250,8 @@ class DecoderPool:
             self.evictions += reply.evicted
             job.finish(reply)
             process.started_by = 0.0
+            self._feed_one(process)
             process.expect_reply()
-            self._feed()
 
     def _take_back(self, process: DecoderProcess) -> None:
         for job in process.jobs:

@@ -1,6 +1,7 @@
 """The compiled front, with a socket for the device: requests in, replies out."""
 
 import array
+import contextlib
 import errno
 import os
 import select
@@ -15,9 +16,11 @@ import trio
 from pyfuse3 import FUSEError
 
 import fragfs.mount.front
+from fragfs.cache.shared import SharedFragmentCache, file_name
 from fragfs.library.extents import ExtentMapBuilder, OpenContent
 from fragfs.mount.front import find_front_module
 from fragfs.types import SpanKind
+from tests.cache.support import fragment_of, place_at
 
 MODULE = find_front_module()
 pytestmark = pytest.mark.skipif(MODULE is None, reason="the compiled front was not built")
@@ -156,7 +159,140 @@ def test_reads_what_it_was_given(bench, offset, size):
     bench.give_parts()
     assert bench.read(offset, size) == WHOLE[offset : offset + size]
     bench.notes()  # what it counts it counts before it tells of it
-    assert bench.front.counters() == (1, len(WHOLE[offset : offset + size]))
+    assert bench.front.counters() == (1, len(WHOLE[offset : offset + size]), 0)
+
+
+class Cache:
+    """Files of a shared cache that a front may open."""
+
+    def __init__(self, directory, bench):
+        self.shared = SharedFragmentCache(place_at(directory))
+        self._front = bench.front
+        self._front.use_cache(
+            os.fsencode(self.shared.place.directory), self.shared.fileno(), self.shared.since_ns
+        )
+
+    def put(self, raw):
+        assert self.shared.put(fragment_of(raw), memoryview(raw))
+        return self.path(raw)
+
+    def path(self, raw):
+        return self.shared.place.directory / file_name(fragment_of(raw))
+
+    def name(self, number, raw, credit_ns=0):
+        self._front.name(number, fragment_of(raw), len(raw), credit_ns)
+
+
+@pytest.fixture
+def cache(bench, tmp_path):
+    made = Cache(tmp_path / "place", bench)
+    yield made
+    made.shared.close()
+
+
+def test_it_opens_what_was_named_when_it_is_read(bench, cache):
+    bench.add_file(FILE, [len(part) for part in PARTS])
+    for number, part in enumerate(PARTS, 1):
+        cache.name(number, part)
+    bench.ask_read(5, 150_000, 60_000)
+    assert bench.notes() == [(5, FILE, 150_000, 60_000, MISSED)]
+    for part in PARTS:
+        cache.put(part)
+    assert not bench.front.holds(1)
+    assert bench.front.answer(5, FILE, 150_000, 60_000)
+    assert bench.reply() == (5, 0, WHOLE[150_000:210_000])
+    assert bench.front.holds(1)
+    assert bench.read(0, 300_000) == WHOLE
+    assert bench.front.counters()[2] == 3
+    # What is open stays, whatever leaves the cache.
+    cache.shared.trim(0)
+    assert bench.read(0, 300_000) == WHOLE
+
+
+def test_it_moves_what_it_opens_in_the_order_of_leaving(bench, cache):
+    bench.add_file(FILE, [len(PARTS[0])])
+    path = cache.put(PARTS[0])
+    cache.name(1, PARTS[0], credit_ns=-3_600_000_000_000)
+    before = time.time()
+    bench.read(0, 10)
+    assert before - 3601 < path.stat().st_mtime < time.time() - 3599
+
+
+def test_it_opens_nothing_that_was_not_named(bench, cache):
+    bench.add_file(FILE, [len(PARTS[0])])
+    cache.put(PARTS[0])
+    # Another one with the same place among the names.
+    cache.name(1, PARTS[0])
+    cache.name(1 + 4096, PARTS[2])
+    bench.ask_read(5, 0, 10)
+    assert bench.notes() == [(5, FILE, 0, 10, MISSED)]
+
+
+def _longer(path):
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def _another(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the id in the footer
+    path.write_bytes(data)
+
+
+def _no_footer(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-56] + bytes(56))
+
+
+def _link(path):
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+
+
+@pytest.mark.parametrize("harm", [_longer, _another, _no_footer, _link])
+def test_it_opens_nothing_that_looks_wrong(bench, cache, harm):
+    bench.add_file(FILE, [len(PARTS[0])])
+    harm(cache.put(PARTS[0]))
+    cache.name(1, PARTS[0])
+    bench.ask_read(5, 0, 10)
+    assert bench.notes() == [(5, FILE, 0, 10, MISSED)]
+
+
+def test_it_opens_nothing_that_was_there_before(bench, tmp_path):
+    with contextlib.closing(SharedFragmentCache(place_at(tmp_path / "place"))) as earlier:
+        earlier.put(fragment_of(PARTS[0]), memoryview(PARTS[0]))
+        time.sleep(0.02)  # the clock of a file's times is a coarse one
+        cache = Cache(tmp_path / "place", bench)
+        bench.add_file(FILE, [len(PARTS[0])])
+        cache.name(1, PARTS[0])
+        bench.ask_read(5, 0, 10)
+        assert bench.notes() == [(5, FILE, 0, 10, MISSED)]
+        cache.shared.close()
+
+
+def test_it_opens_nothing_more_once_damage_was_found(bench, cache):
+    bench.add_file(FILE, [len(part) for part in PARTS])
+    for number, part in enumerate(PARTS, 1):
+        cache.put(part)
+        cache.name(number, part)
+    assert bench.read(0, 10) == WHOLE[:10]
+    path = cache.path(PARTS[1])
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+    assert cache.shared.get(fragment_of(PARTS[1]), len(PARTS[1]), check=True) is None
+    assert bench.read(0, 10) == WHOLE[:10]
+    assert not bench.front.answer(5, FILE, 200_005, 10)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_names_that_cannot_be(bench, cache, number):
+    with pytest.raises(ValueError, match="no fragment has"):
+        bench.front.name(number, bytes(32), 1, 0)
+    with pytest.raises(ValueError, match="no fragment has"):
+        bench.front.name(1, bytes(31), 1, 0)
+
+
+def test_a_cache_is_chosen_once(bench, cache):
+    with pytest.raises(TypeError, match="already"):
+        bench.front.use_cache(b"/nowhere", cache.shared.fileno(), 0)
 
 
 def test_extents_that_start_within_fragments(bench):
@@ -272,7 +408,7 @@ def test_reads_that_go_on_are_one_note(bench):
     told = []
     while sum(note[3] for note in told) < 15 * 4096:
         # Whatever was late was told alone; one more read says what is left.
-        time.sleep(0.002)
+        time.sleep(0.01)
         bench.read(250_000, 1)
         told += [note for note in bench.notes() if note[2] != 250_000]
     assert sum(note[3] for note in told) == 15 * 4096
@@ -478,7 +614,7 @@ async def test_what_was_prepared_is_answered_by_compiled_code(kernel):
         for unique in (1, 2):
             kernel.ask_read(unique, 1, 4096)
             assert await kernel.reply() == (unique, 0, b"bcd")
-        assert kernel.front.counters() == (2, 6)
+        assert kernel.front.counters() == (2, 6, 0)
 
     assert await serve(kernel, reads, ask) == [errno.ENODEV]
     assert reads.noted[0] == (FILE, 1, 4096)
