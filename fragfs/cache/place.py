@@ -23,6 +23,7 @@ __all__ = [
     "available_memory",
     "cgroup_room",
     "choose_place",
+    "held_open",
     "measure_budget",
     "user_directory",
 ]
@@ -37,6 +38,8 @@ _SHARE_OF_MEMORY = 4
 _SHARE_OF_TMPFS = 2
 _SHARE_OF_DISK = 10
 _DISK_BYTES_MAX = 8 << 30
+_SHARE_HELD_OPEN = 4
+_HELD_OPEN_BYTES_MAX = 128 << 20
 _ROOT = Path("/")
 
 
@@ -47,7 +50,7 @@ class CachePlace:
     Attributes:
         directory: It exists, belongs to this user, and nobody else may enter it.
         in_memory: True in shared memory, False on disk.
-        bytes_max: Most bytes of files to keep in it, by the room there was when it was chosen.
+        bytes_max: The budget, by the room there was when it was chosen.
         asked: The budget the user named; None if none was named.
     """
 
@@ -55,6 +58,16 @@ class CachePlace:
     in_memory: bool
     bytes_max: int
     asked: int | None
+
+    @property
+    def held_open_bytes_max(self) -> int:
+        """Of the budget, what the processes of a mount may hold open of files that have left."""
+        return held_open(self.bytes_max)
+
+
+def held_open(budget: int) -> int:
+    """The share of a budget that is not for files in the directory."""
+    return min(budget // _SHARE_HELD_OPEN, _HELD_OPEN_BYTES_MAX)
 
 
 def choose_place(

@@ -7,7 +7,8 @@ keeps it.
 
 The modification time of a file is its place in the order of leaving: now, when it was last used,
 plus what its decode costs and how many need it, minus an hour once a fragment of a single use was
-served. The oldest leave first, down to nine tenths of the budget.
+served. The oldest leave first, down to nine tenths of what is for files: the rest of the budget is
+for those that have left and are held open.
 
 Every failure to keep something is harmless: `put` says False, `get` says None.
 """
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from fragfs.cache.place import CachePlace, measure_budget
+from fragfs.cache.place import CachePlace, held_open, measure_budget
 from fragfs.cache.users import USERS_NAME, begin_use, end_use
 from fragfs.errors import FragmentError, StorageError
 from fragfs.types import FragmentId
@@ -320,7 +321,7 @@ class SharedFragmentCache:
             False if there is no room for it.
         """
         size = raw.nbytes + FOOTER.size
-        if size > self._bytes_max or time.monotonic() < self._full_until:
+        if size > self._files_bytes_max or time.monotonic() < self._full_until:
             self._refused += 1
             return False
         footer = FOOTER.pack(MAGIC, raw.nbytes, xxhash.xxh3_64_intdigest(raw), bytes(fragment))
@@ -345,7 +346,7 @@ class SharedFragmentCache:
             self._bytes_held += size
             self._put_since_scan += size
             is_due = (
-                self._bytes_held > self._bytes_max
+                self._bytes_held > self._files_bytes_max
                 or self._put_since_scan * _RESCANS_PER_BUDGET > self._bytes_max
             )
         if is_due:
@@ -366,13 +367,17 @@ class SharedFragmentCache:
         finally:
             os.close(descriptor)
 
+    @property
+    def _files_bytes_max(self) -> int:
+        return self._bytes_max - held_open(self._bytes_max)
+
     def trim(self, bytes_max: int | None = None) -> None:
         """Count what the place holds, and remove what is over the budget and what is left over.
 
         Does nothing if another process is at it.
 
         Args:
-            bytes_max: Trim to this instead of the budget.
+            bytes_max: Trim to this instead.
         """
         try:
             lock = os.open(
@@ -418,7 +423,7 @@ class SharedFragmentCache:
                 asked=self.place.asked,
                 held=held,
             )
-        limit = self._bytes_max if bytes_max is None else bytes_max
+        limit = self._files_bytes_max if bytes_max is None else bytes_max
         if held > limit:
             files.sort()
             for _, size, path in files:

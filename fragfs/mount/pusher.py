@@ -54,7 +54,7 @@ _NOTIFY_STORE = struct.Struct("=QQII")
 _FUSE_NOTIFY_STORE = 4
 _MESSAGE_BYTES_MAX = _STORE.size + PARTS_MAX * _PART.size
 _PIPE_BYTES = 1 << 20
-_FILES_MAX = PARTS_MAX + 8
+_FILES_MAX = 4
 
 _Part = tuple[bytes, int, int, int]
 """Fragment id, its size, offset in it, bytes of it."""

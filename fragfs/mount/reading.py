@@ -34,9 +34,7 @@ _WORKERS_MAX = 16
 """Decodes at once unless the user says otherwise: each holds some 10 MiB."""
 
 
-_HELD_SHARE = 4
-_HELD_BYTES_MIN = 16 << 20
-"""Of a small cache's budget a share is held open, and at least a few windows' fragments."""
+_HELD_BYTES_MIN = 4 << 20
 
 
 class MountReading:
@@ -75,7 +73,8 @@ class MountReading:
         )
         self._pool: DecoderPool | None = None
         if self._place is not None:
-            self._pool = DecoderPool(DecoderOptions(options.library, self._place), nursery, workers)
+            decoder = DecoderOptions(options.library, self._place, workers)
+            self._pool = DecoderPool(decoder, nursery, workers)
         self._fetcher = FragmentFetcher(
             library.decode_fragment, self._cache, nursery, workers=workers, pool=self._pool
         )
@@ -246,8 +245,8 @@ def _held_bytes_max(place: CachePlace | None) -> int:
     """Fragments at hand: without a shared cache all that is cached, else open files beside it."""
     if place is None:
         return CACHE_BYTES_MAX_DEFAULT
-    share = place.bytes_max // _HELD_SHARE
-    return max(_HELD_BYTES_MIN, min(CACHE_BYTES_MAX_DEFAULT, share))
+    # Half of it is the decoders'; of the rest, half is the front's.
+    return max(_HELD_BYTES_MIN, place.held_open_bytes_max // 4)
 
 
 def _choose_place(options: MountOptions, uuid: bytes) -> CachePlace | None:

@@ -42,6 +42,7 @@ REPLY = struct.Struct("<qBQQQQ")
 cache; base numbers follow."""
 
 _VIEWS_BYTES_MAX = 16 << 20
+_VIEWS_BYTES_MIN = 2 << 20
 _PR_SET_PDEATHSIG = 1
 _NICE = 5
 _IDLE_MS = 2000
@@ -117,10 +118,18 @@ class DecoderOptions:
     Attributes:
         library: The library's directory.
         place: The shared fragment cache.
+        count: How many decoders there are: they share what may be held open.
     """
 
     library: Path
     place: CachePlace
+    count: int = 1
+
+    @property
+    def views_bytes_max(self) -> int:
+        """Most bytes of bases to hold, decoded or mapped."""
+        share = self.place.held_open_bytes_max // 2 // self.count
+        return max(_VIEWS_BYTES_MIN, min(_VIEWS_BYTES_MAX, share))
 
     def to_json(self) -> str:
         """For the decoder's standard input."""
@@ -131,6 +140,7 @@ class DecoderOptions:
                 "in_memory": self.place.in_memory,
                 "bytes_max": self.place.bytes_max,
                 "asked": self.place.asked,
+                "count": self.count,
             }
         )
 
@@ -141,7 +151,7 @@ class DecoderOptions:
         place = CachePlace(
             Path(values["directory"]), values["in_memory"], values["bytes_max"], values["asked"]
         )
-        return cls(Path(values["library"]), place)
+        return cls(Path(values["library"]), place, values["count"])
 
 
 class _Timed:
@@ -174,13 +184,15 @@ class _Timed:
 
 
 class _Decoder:
-    def __init__(self, library: FragmentLibrary, shared: SharedFragmentCache) -> None:
+    def __init__(
+        self, library: FragmentLibrary, shared: SharedFragmentCache, views_bytes_max: int
+    ) -> None:
         self._library = library
         self._shared = shared
         self._cache = LayeredFragmentCache(
             library.fragment,
             library.dependent_count,
-            MemoryFragmentCache(_VIEWS_BYTES_MAX),
+            MemoryFragmentCache(views_bytes_max),
             shared,
         )
 
@@ -263,7 +275,8 @@ def main(arguments: list[str]) -> int:
     ):
         # Now, not in the first reader's time: it takes a third of a second, with what it imports.
         check_this_machine()
-        decoder = _Decoder(library, SharedFragmentCache(options.place))
+        shared = SharedFragmentCache(options.place)
+        decoder = _Decoder(library, shared, options.views_bytes_max)
         while data := _receive(messages, library):
             number, with_bases = REQUEST.unpack(data)
             messages.send(decoder.answer(number, with_bases=with_bases).pack())

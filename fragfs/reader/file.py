@@ -16,7 +16,7 @@ _AHEAD_MAX = 8
 """Pieces of one read whose decodes are started while an earlier one is awaited. A request is at
 most 1 MiB, two to four fragments of the usual size; more would only fill the queue."""
 
-_RECENT_MAX = 32
+_RECENT_MAX = 8
 _BUFFER_BYTES = 1 << 20
 
 

@@ -307,7 +307,7 @@ def test_short_writes_are_continued(cache, monkeypatch):
 
 def test_a_fragment_beyond_the_budget_is_refused(directory):
     cache = SharedFragmentCache(place_at(directory, 10_000))
-    fragment = put(cache, 1, 9_000)
+    fragment = put(cache, 1, 7_000)
     assert not cache.put(fragment_of(raw_of(2)), raw_of(2))
     assert cache.holds(fragment)
     cache.close()
@@ -332,12 +332,13 @@ def test_a_directory_that_was_deleted_is_only_misses(cache, directory):
 
 
 def test_the_budget_holds(directory):
+    """A quarter of it is for files that were removed and are still held open."""
     cache = SharedFragmentCache(place_at(directory, 200_000))
     for number in range(100):
         put(cache, number)
-        assert bytes_of(directory) <= 200_000
-    assert cache.evictions >= 80
-    assert cache.statistics().bytes_held == bytes_of(directory) > 150_000
+        assert bytes_of(directory) <= 150_000
+    assert cache.evictions >= 85
+    assert cache.statistics().bytes_held == bytes_of(directory) > 120_000
     cache.close()
 
 

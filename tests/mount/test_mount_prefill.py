@@ -18,7 +18,14 @@ from fragfs.mount.table import find_mount
 from fragfs.mount.unmount import unmount
 from tests.mount import readers
 from tests.mount.soak_reading import helpers_of, make_sources, read_status, soak
-from tests.mount.support import Reader, drop_pages, is_alive, wait_until
+from tests.mount.support import (
+    Reader,
+    drop_pages,
+    is_alive,
+    make_library,
+    wait_until,
+    write_safetensors,
+)
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
@@ -267,6 +274,48 @@ def test_the_cache_s_directory_is_deleted_under_a_mount(mounts, made):
     drop_pages(report.mountpoint)
     read_all("read", report.mountpoint, made[1])
     unmount(report.mountpoint)
+
+
+def _cache_bytes(directory, pids):
+    """Bytes of the files in a directory, and of those that left it and are held open."""
+    sizes = {}
+    directories = [directory, *(f"/proc/{pid}/fd" for pid in pids)]
+    for place in directories:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(place):
+                path = os.path.join(place, name)
+                with contextlib.suppress(OSError):
+                    if place == directory or os.readlink(path).startswith(directory):
+                        status = os.stat(path)
+                        sizes[status.st_ino] = status.st_blocks * 512
+    return sum(sizes.values())
+
+
+def test_what_is_held_open_is_within_the_budget(mounts, tmp_path):
+    """A file that was evicted takes memory until the last one who reads from it closes it."""
+    budget = 64 << 20
+    for seed, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        write_safetensors(tmp_path / name / "model.safetensors", seed, 32, (1024, 600))
+    made = make_library(tmp_path / "library", {b"one": tmp_path / "one", b"two": tmp_path / "two"})
+    report = mounts(made, cache_bytes_max=budget)
+    status = read_status(report.mountpoint)
+    pids = [status["pid"], *status["helpers"]]
+    if status["prefill"]["pid"] is not None:
+        pids.append(status["prefill"]["pid"])
+    reading = [
+        start_reader("map random", report.mountpoint / "one", tmp_path / "one"),
+        start_reader("map", report.mountpoint / "two", tmp_path / "two"),
+        start_reader("read", report.mountpoint / "one", tmp_path / "one"),
+    ]
+    seen = []
+    while any(reader.poll() is None for reader in reading):
+        seen.append(_cache_bytes(status["cache"]["directory"], pids))
+        time.sleep(0.01)
+    assert [finish(reader) for reader in reading] == [(0, "")] * 3
+    assert read_status(report.mountpoint)["cache"]["evictions"] > 0
+    # Whoever fills the directory counts what others put there only now and then.
+    assert budget // 2 < max(seen) < budget * 9 // 8
 
 
 # --- removal
