@@ -43,10 +43,10 @@ venv-torch: $(READY) ## add torch and transformers, for the tests that load with
 demo: $(READY) ## see it work: a real model family, added, mounted, read back and compared
 	@$(BIN)/python -m tools.demo $(ARGS)
 
-# Mounts share /dev/fuse, the mount table and this machine's two cores: one after the other.
+# Two halves, so that the soak runs beside the one that mounts nothing.
 test: $(READY) ## run the whole suite; with SOAK=3, so many minutes of soak beside the second half
 	@status=0; soak=; \
-	$(PYTEST) -m mount $(ARGS) || status=$$?; \
+	$(PYTEST) -n $(JOBS) -m mount $(ARGS) || status=$$?; \
 	if [ -n "$(SOAK)" ]; then $(BIN)/python -m tools.soak --minutes $(SOAK) & soak=$$!; fi; \
 	$(PYTEST) -n $(JOBS) -m "not mount" $(ARGS) || status=$$?; \
 	if [ -n "$$soak" ]; then wait $$soak || status=$$?; fi; \
@@ -56,7 +56,7 @@ test-fast: $(READY) ## run what needs no mount and is quick
 	@$(PYTEST) -n $(JOBS) -m "not slow and not mount" $(ARGS)
 
 test-mount: $(READY) ## run what mounts a real filesystem
-	@$(PYTEST) -m mount $(ARGS)
+	@$(PYTEST) -n $(JOBS) -m mount $(ARGS)
 
 lint: $(READY) ## check format, style, types and layers
 	$(BIN)/ruff format --check $(CODE)

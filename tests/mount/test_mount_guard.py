@@ -23,6 +23,7 @@ from tests.mount.support import is_alive, wait_until
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
 _SYS_PIDFD_GETFD = 438
+TAKEOVERS_MAX = 20
 
 PUSHER = """
 import os, signal, struct, sys, time
@@ -253,13 +254,17 @@ def test_a_late_abort_spares_who_has_the_number_now(scene, mounts, library_path)
         pytest.skip("no control file system")
     unmount(scene.report.mountpoint)
     wait_until(lambda: not is_alive(scene.report.pid))
-    again = mounts(library_path, scene.report.mountpoint, prefill=False)
-    now = find_mount(again.mountpoint)
     try:
+        for _ in range(TAKEOVERS_MAX):
+            again = mounts(library_path, scene.report.mountpoint, prefill=False)
+            if find_mount(again.mountpoint).device == scene.entry.device:
+                break
+            unmount(again.mountpoint)
+        else:
+            pytest.skip("other mounts of this machine took the number")
         abort_connection(scene.entry, opened)
     finally:
         os.close(opened)
-    assert now.device == scene.entry.device
     assert scene.answers()
 
 
