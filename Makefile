@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 JOBS   ?= 2
+# Each process begins with its part in order, so that few make the same fixtures twice.
+SPREAD := -n $(JOBS) --dist worksteal
 ARGS   ?=
 TARGETS ?=
 TORCH  ?= torch==2.13.0
@@ -46,17 +48,17 @@ demo: $(READY) ## see it work: a real model family, added, mounted, read back an
 # Two halves, so that the soak runs beside the one that mounts nothing.
 test: $(READY) ## run the whole suite; with SOAK=3, so many minutes of soak beside the second half
 	@status=0; soak=; \
-	$(PYTEST) -n $(JOBS) -m mount $(ARGS) || status=$$?; \
+	$(PYTEST) $(SPREAD) -m mount $(ARGS) || status=$$?; \
 	if [ -n "$(SOAK)" ]; then $(BIN)/python -m tools.soak --minutes $(SOAK) & soak=$$!; fi; \
-	$(PYTEST) -n $(JOBS) -m "not mount" $(ARGS) || status=$$?; \
+	$(PYTEST) $(SPREAD) -m "not mount" $(ARGS) || status=$$?; \
 	if [ -n "$$soak" ]; then wait $$soak || status=$$?; fi; \
 	exit $$status
 
 test-fast: $(READY) ## run what needs no mount and is quick
-	@$(PYTEST) -n $(JOBS) -m "not slow and not mount" $(ARGS)
+	@$(PYTEST) $(SPREAD) -m "not slow and not mount" $(ARGS)
 
 test-mount: $(READY) ## run what mounts a real filesystem
-	@$(PYTEST) -n $(JOBS) -m mount $(ARGS)
+	@$(PYTEST) $(SPREAD) -m mount $(ARGS)
 
 lint: $(READY) ## check format, style, types and layers
 	$(BIN)/ruff format --check $(CODE)
