@@ -36,6 +36,9 @@ except OSError:
 
 _KILL_WAIT_S = 1.0
 
+_left_behind: list[subprocess.Popen[bytes]] = []
+"""Killed, but inside a request that nobody answers; reaped once they have ended."""
+
 
 class MountState(enum.Enum):
     """How a mount reacts."""
@@ -73,6 +76,7 @@ def ask_mount(mountpoint: Path, timeout_s: float) -> MountAnswer:
 
 def ask_mounts(mountpoints: Sequence[Path], timeout_s: float) -> list[MountAnswer]:
     """Ask several mounts at once; blocks for `timeout_s` and little more, however many hang."""
+    _left_behind[:] = [child for child in _left_behind if child.poll() is None]
     deadline = time.monotonic() + timeout_s
     children = [
         subprocess.Popen(
@@ -88,7 +92,7 @@ def ask_mounts(mountpoints: Sequence[Path], timeout_s: float) -> list[MountAnswe
             child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
-    # A process inside a request that nobody answers cannot even be killed; it is left behind.
+    # A process inside a request that nobody answers cannot even be killed.
     kill_deadline = time.monotonic() + _KILL_WAIT_S
     return [_answer(child, kill_deadline) for child in children]
 
@@ -99,6 +103,8 @@ def _answer(child: subprocess.Popen[bytes], kill_deadline: float) -> MountAnswer
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, kill_deadline - time.monotonic()))
         code = child.returncode
+        if code is None:
+            _left_behind.append(child)
         if code is None or code < 0:
             return MountAnswer(MountState.HANGS)
         if code == 0:
