@@ -54,18 +54,36 @@ static bool tell_noted(Front *front)
     }
 }
 
-/* Tells the event loop of a request; of reads in quick succession a few at a time. False if it has
- * ended. */
+/* Keeps a note of a read back, or adds it to that of the one it goes on from. */
+static void note(Front *front, struct record record)
+{
+    front->noted_bytes += record.size;
+    for (int i = 0; i < front->noted; i++) {
+        struct record *one = &front->notes[i];
+        if (one->kind == record.kind && one->number == record.number &&
+            one->offset + one->size == record.offset) {
+            one->size += record.size;
+            return;
+        }
+    }
+    front->notes[front->noted++] = record;
+}
+
+/* Tells the event loop of a request; of reads that were answered and go on from others, a few at a
+ * time. False if it has ended. */
 static bool tell(Front *front, struct record record)
 {
-    struct record *last = front->noted ? &front->notes[front->noted - 1] : NULL;
-    if (last && record.kind == SERVED && last->kind == SERVED && last->number == record.number &&
-        last->offset + last->size == record.offset)
-        last->size += record.size; /* it goes on where that one ended: one note is enough */
-    else
+    bool waits = record.kind != SERVED;
+
+    if (waits) {
         front->notes[front->noted++] = record;
-    front->noted_bytes += record.size;
-    if (record.kind == SERVED && front->noted < NOTES_MAX && front->noted_bytes < NOTES_BYTES_MAX &&
+    } else {
+        pthread_mutex_lock(&front->lock);
+        waits = !follow(front, record.number, record.offset, record.size);
+        pthread_mutex_unlock(&front->lock);
+        note(front, record);
+    }
+    if (!waits && front->noted < NOTES_MAX && front->noted_bytes < NOTES_BYTES_MAX &&
         now_ns() - front->told_ns < NOTES_MS_MAX * (int64_t)1000000)
         return true;
     return tell_noted(front);

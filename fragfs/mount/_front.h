@@ -16,6 +16,7 @@
 #define NOTES_MAX 16
 #define NAMES 4096
 #define ID_BYTES 32
+#define STREAMS 8
 #define PIECES_MAX 64 /* of a read that is answered; longer ones are missed */
 
 /* What the event loop is told; front.py unpacks it. */
@@ -52,6 +53,8 @@ struct file {
     uint64_t *ends;      /* of each extent, in the file */
     int64_t *fragments;
     uint32_t *sizes, *offsets;
+    uint64_t stops[STREAMS]; /* where the last reads ended that did not go on from another one */
+    unsigned next_stop;
 };
 
 /* What one thread needs to answer. */
@@ -92,6 +95,7 @@ void close_pipe(struct worker *worker);
 
 /* The lock is held by who calls these. */
 struct file **find_file(Front *front, uint64_t number);
+bool follow(Front *front, uint64_t number, uint64_t offset, size_t size);
 struct slot *find_slot(Front *front, int64_t fragment);
 struct slot *get_slot(Front *front, int64_t fragment);
 bool fill_slot(Front *front, int64_t fragment, int descriptor, char *copy, size_t size);

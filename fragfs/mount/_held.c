@@ -62,6 +62,22 @@ struct file **find_file(Front *front, uint64_t number)
     return at;
 }
 
+/* Whether a read goes on where one of the last ones ended, and that it ended where it does. */
+bool follow(Front *front, uint64_t number, uint64_t offset, size_t size)
+{
+    struct file *file = *find_file(front, number);
+
+    if (!file)
+        return false;
+    for (int i = 0; i < STREAMS; i++)
+        if (file->stops[i] == offset) {
+            file->stops[i] = offset + size;
+            return true;
+        }
+    file->stops[file->next_stop++ % STREAMS] = offset + size;
+    return false;
+}
+
 void free_file(struct file *file)
 {
     free(file->ends);

@@ -330,6 +330,7 @@ class Prefill:
         self.pusher = pusher
         self._nursery = nursery
         self._followed: OrderedDict[int, _Followed] = OrderedDict()
+        self._touched: set[tuple[int, int]] = set()
         self._windows = 0
         self._memory = (0.0, 0)
 
@@ -350,9 +351,16 @@ class Prefill:
             followed.narrow_reads += 1
             followed.is_storing = followed.narrow_reads > _NARROW_READS_MAX
         window = followed.ahead.on_read(offset, size)
-        if window is not None:
-            self._windows += 1
-            self._nursery.start_soon(self._work, followed, window)
+        if window is None:
+            return
+        if window.stream is None:
+            # Touched again before it was stored: once is enough.
+            touched = (content.number, window.start)
+            if touched in self._touched:
+                return
+            self._touched.add(touched)
+        self._windows += 1
+        self._nursery.start_soon(self._work, followed, window)
 
     def statistics(self) -> PrefillStatistics:
         """The counters now."""
@@ -375,6 +383,9 @@ class Prefill:
         except Exception:
             # Nobody waits for this, so nothing that goes wrong here may end the mount.
             log.exception("decoding ahead failed")
+        finally:
+            if window.stream is None:
+                self._touched.discard((followed.content.number, window.start))
 
     async def _decode_window(self, extents: ExtentMap, window: Window) -> None:
         """Have a window decoded, whenever the decoders come to it."""

@@ -32,6 +32,9 @@ RECORD = struct.Struct("=QQQII")
 SERVED, MISSED, ENDED = range(3)
 LOOKUP, READ, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 1, 15, 28, 36, 42, 44
 
+COARSE_S = 0.02
+"""The clock of a file's times is a coarse one: what comes right after a cache looks older than it."""
+
 FILE = 7
 PARTS = [os.urandom(200_000), os.urandom(5), os.urandom(90_000)]
 WHOLE = b"".join(PARTS)
@@ -130,8 +133,8 @@ class Bench:
         )
         return list(RECORD.iter_unpack(os.read(self.records, 1 << 16)))
 
-    def has_notes(self):
-        return bool(select.select([self.records], [], [], 0.05)[0])
+    def has_notes(self, timeout_s=0.05):
+        return bool(select.select([self.records], [], [], timeout_s)[0])
 
 
 @pytest.fixture
@@ -186,6 +189,7 @@ class Cache:
 @pytest.fixture
 def cache(bench, tmp_path):
     made = Cache(tmp_path / "place", bench)
+    time.sleep(COARSE_S)
     yield made
     made.shared.close()
 
@@ -260,7 +264,7 @@ def test_it_opens_nothing_that_looks_wrong(bench, cache, harm):
 def test_it_opens_nothing_that_was_there_before(bench, tmp_path):
     with contextlib.closing(SharedFragmentCache(place_at(tmp_path / "place"))) as earlier:
         earlier.put(fragment_of(PARTS[0]), memoryview(PARTS[0]))
-        time.sleep(0.02)  # the clock of a file's times is a coarse one
+        time.sleep(COARSE_S)
         cache = Cache(tmp_path / "place", bench)
         bench.add_file(FILE, [len(PARTS[0])])
         cache.name(1, PARTS[0])
@@ -415,6 +419,35 @@ def test_reads_that_go_on_are_one_note(bench):
     assert told[0][2] == 0
     assert all(a[2] + a[3] == b[2] for a, b in pairwise(told))
     assert {note[4] for note in told} == {SERVED}
+
+
+def test_readers_side_by_side_are_a_note_each(bench):
+    """Four of them, one read each in turn: told when there is enough to say, not at every read."""
+    raw = bytes(4 << 20)
+    bench.add_file(FILE, [len(raw)])
+    bench.give_file(1, raw)
+    told = []
+    started = time.monotonic()
+    for step in range(0, 1 << 20, 64 << 10):
+        for reader in range(4):
+            bench.read(reader << 20 | step, 64 << 10)
+            if bench.has_notes(0):
+                told += bench.notes()
+    # Each begins with a leap, which is told at once.
+    assert [note[2:4] for note in told[:4]] == [(reader << 20, 64 << 10) for reader in range(4)]
+    elapsed_s = time.monotonic() - started
+    assert len(told) <= 4 + 4 * (1 + elapsed_s // 0.008)
+    time.sleep(0.02)
+    bench.read(0, 1)
+    told += bench.notes()
+    assert sum(note[3] for note in told) == len(raw) + 1
+
+
+def test_a_leap_is_told_at_once(bench):
+    bench.give_parts()
+    for offset in (0, 90_000, 40_000):
+        bench.read(offset, 4096)
+        assert bench.notes(1) == [(5, FILE, offset, 4096, SERVED)]
 
 
 def test_other_requests_and_replies_pass_through(bench):
