@@ -33,7 +33,7 @@ SERVED, MISSED, ENDED = range(3)
 LOOKUP, READ, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 1, 15, 28, 36, 42, 44
 
 COARSE_S = 0.02
-"""The clock of a file's times is a coarse one: what comes right after a cache looks older than it."""
+"""The clock of a file's times is a coarse one: what follows a cache may look older than it."""
 
 FILE = 7
 PARTS = [os.urandom(200_000), os.urandom(5), os.urandom(90_000)]

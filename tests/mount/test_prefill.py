@@ -1,0 +1,81 @@
+"""What prefill makes of reads, without a kernel: nothing is decoded or stored here."""
+
+import trio.testing
+
+from fragfs.mount.prefill import Prefill
+from tests.reader.fakes import content_of, extents_of
+
+MIB = 1 << 20
+
+
+class IdleFetcher:
+    """Decodes nothing until it is told to; counts what was begun."""
+
+    def __init__(self):
+        self.begun = []
+        self.go = trio.Event()
+
+    def begin_nowait(self, number, *, urgent):
+        assert not urgent
+        self.begun.append(number)
+        return False
+
+    async def ready(self, number):
+        await self.go.wait()
+
+
+class FakePusher:
+    is_alive = True
+    bytes = failed = push_ns = 0
+
+    def __init__(self):
+        self.stored = []
+
+    async def store(self, inode, offset, parts):
+        await trio.lowlevel.checkpoint()
+        self.stored.append((inode, offset))
+
+
+class Metadata:
+    id = bytes(32)
+    raw_size = MIB
+
+
+def touch_all(prefill, content, order):
+    for index in order:
+        prefill.on_read(content, index * MIB + MIB // 2, 4096)
+
+
+async def test_what_is_touched_again_before_it_was_stored_is_stored_once(nursery):
+    fetcher, pusher = IdleFetcher(), FakePusher()
+    prefill = Prefill(fetcher, lambda _: Metadata, pusher, nursery, 1 << 30, lambda: 128)
+    content = content_of(extents_of([MIB] * 200))
+    order = [index * 71 % 200 for index in range(1, 200)]  # far from each other, each once
+    for _ in range(3):
+        touch_all(prefill, content, order)
+        await trio.testing.wait_all_tasks_blocked()
+    assert sorted(fetcher.begun) == sorted(index + 1 for index in order)
+    fetcher.go.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len({offset // MIB for _, offset in pusher.stored}) == len(order)
+    stores = len(pusher.stored)
+    # Once stored, whoever asks again does so because the pages have left.
+    touch_all(prefill, content, order[:100])
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(pusher.stored) > stores
+
+
+async def test_what_is_only_decoded_ahead_is_begun_at_once_and_offered(nursery):
+    fetcher, offered = IdleFetcher(), []
+
+    def offer(number, is_there):
+        offered.append((number, is_there))
+
+    prefill = Prefill(fetcher, lambda _: Metadata, None, nursery, 1 << 30, lambda: 128, offer)
+    content = content_of(extents_of([MIB] * 20))
+    for offset in range(0, MIB, 128 << 10):
+        prefill.on_read(content, offset, 128 << 10)
+    await trio.testing.wait_all_tasks_blocked()
+    assert fetcher.begun
+    assert offered == [(number, False) for number in fetcher.begun]
+    assert fetcher.begun == sorted(set(fetcher.begun))
