@@ -73,17 +73,15 @@ static void note(Front *front, struct record record)
  * time. False if it has ended. */
 static bool tell(Front *front, struct record record)
 {
-    bool waits = record.kind != SERVED;
-
-    if (waits) {
-        front->notes[front->noted++] = record;
-    } else {
-        pthread_mutex_lock(&front->lock);
-        waits = !follow(front, record.number, record.offset, record.size);
-        pthread_mutex_unlock(&front->lock);
+    pthread_mutex_lock(&front->lock);
+    bool goes_on = follow(front, record.number, record.offset, record.size);
+    pthread_mutex_unlock(&front->lock);
+    if (record.kind == SERVED)
         note(front, record);
-    }
-    if (!waits && front->noted < NOTES_MAX && front->noted_bytes < NOTES_BYTES_MAX &&
+    else
+        front->notes[front->noted++] = record;
+    if (record.kind == SERVED && goes_on && front->noted < NOTES_MAX &&
+        front->noted_bytes < NOTES_BYTES_MAX &&
         now_ns() - front->told_ns < NOTES_MS_MAX * (int64_t)1000000)
         return true;
     return tell_noted(front);
