@@ -61,12 +61,21 @@ class LayeredFragmentCache:
 
         Args:
             number: The fragment.
-            check: Check its bytes, unless it is at hand already.
+            check: Check its bytes now; those that only this process holds nobody can have changed.
         """
         found = self.held.get(number)
-        if found is not None or self.shared is None:
+        if self.shared is None:
             return found
-        return self._find_shared(self.shared, number, check=check)
+        if found is None:
+            return self._find_shared(self.shared, number, check=check)
+        if (
+            check
+            and isinstance(found, FragmentFile)
+            and not self.shared.recheck(found, self._identify(number).id)
+        ):
+            self.held.drop(number)
+            return None
+        return found
 
     def _find_shared(
         self, shared: SharedFragmentCache, number: int, *, check: bool
@@ -92,15 +101,7 @@ class LayeredFragmentCache:
         decode: 0.05 ms for a base of 1 MiB just used, 0.1 ms for one that is not in the processor's
         caches, of 1.5 ms for what is predicted from it (bf16, EPYC, 2026-11).
         """
-        found = self.held.get(number)
-        if self.shared is not None:
-            if found is None:
-                found = self._find_shared(self.shared, number, check=True)
-            elif isinstance(found, FragmentFile) and not self.shared.recheck(
-                found, self._identify(number).id
-            ):
-                self.held.drop(number)
-                found = None
+        found = self.find(number, check=True)
         return found.view() if isinstance(found, FragmentFile) else found
 
     def identify(self, number: int) -> FragmentMetadata:

@@ -45,6 +45,7 @@ MAGIC = b"fragfsC1"
 _TEMPORARY = "."
 _LOCK_NAME = ".lock"
 _CLAIMS_NAME = ".claims"
+_DAMAGED = b"D"
 _TEMPORARY_S_MAX = 60.0
 _KEEP_AFTER_TRIM = 0.9
 _RESCANS_PER_BUDGET = 16
@@ -190,6 +191,9 @@ class SharedFragmentCache:
         self._claims = os.open(
             os.path.join(self._path, _CLAIMS_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
+        # Where there is no room later, damage must still be told of.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._claims, b"\0", len(_DAMAGED))
         self.trim()
 
     def close(self) -> None:
@@ -254,7 +258,7 @@ class SharedFragmentCache:
             os.utime(os.path.join(self._path, file_name(fragment)), ns=(at_ns, at_ns))
 
     def fileno(self) -> int:
-        """Descriptor of the claims: its first byte is there once anybody found damage."""
+        """Descriptor of the claims, whose first byte says D once anybody found damage."""
         return self._claims
 
     def is_to_check(self, fragment: FragmentId, *, is_there: bool) -> bool:
@@ -293,7 +297,7 @@ class SharedFragmentCache:
         """Whether every file is to be checked, for this process or because another says so."""
         if not self._check_all:
             with contextlib.suppress(OSError):
-                self._check_all = bool(os.pread(self._claims, 1, 0))
+                self._check_all = os.pread(self._claims, 1, 0) == _DAMAGED
         return self._check_all
 
     def _drop_damaged(self, path: str) -> None:
@@ -302,7 +306,7 @@ class SharedFragmentCache:
         self._check_all = True
         # Told to all who share the place, of which each sees few files; to ask costs a microsecond.
         with contextlib.suppress(OSError):
-            os.pwrite(self._claims, b"D", 0)
+            os.pwrite(self._claims, _DAMAGED, 0)
         log.warning("a file of the fragment cache is damaged and was removed: %s", path)
         with contextlib.suppress(OSError):
             os.unlink(path)

@@ -548,7 +548,7 @@ static PyMethodDef front_methods[] = {
      "give_bytes(fragment, raw): its bytes, which are copied"},
     {"use_cache", (PyCFunction)front_use_cache, METH_VARARGS,
      "use_cache(directory, claims, since_ns): where files of the cache are; none is opened that is"
-     " older, or while the first byte of the claims is set"},
+     " older, or while the first byte of the claims says D"},
     {"name", (PyCFunction)front_name, METH_VARARGS,
      "name(fragment, id, size, credit_ns): its file in the cache may be opened when it is read"},
     {"answer", (PyCFunction)front_answer, METH_VARARGS,

@@ -76,7 +76,7 @@ typedef struct {
     int claims;
     int64_t since_ns;
     size_t bytes_held, bytes_max;
-    uint64_t clock, reads, bytes_returned, opened;
+    uint64_t clock, reads, bytes_returned, opened, asked;
     char *request, *reply;   /* what passes through `serve` and `relay` */
     struct worker serving;   /* of the thread in `serve` */
     struct worker answering; /* of who calls `answer`, one at a time */

@@ -193,8 +193,11 @@ static int pin_pieces(Front *front, struct file *file, uint64_t offset, size_t s
         else
             high = middle;
     }
+    size_t last = low + PIECES_MAX - 1; /* nothing is opened in vain */
+    if (size && last < file->extents && file->ends[last] < offset + size)
+        return -1;
     for (size_t i = low; size; i++) {
-        if (i >= file->extents || count == PIECES_MAX)
+        if (i >= file->extents)
             goto missed;
         uint64_t skipped = offset - (file->ends[i] - file->sizes[i]);
         size_t taken = file->sizes[i] - (size_t)skipped;

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 _STORED_BYTES = 960 << 10
 """What is stored in one turn."""
 
-_BEGUN_IN_ONE_TURN = 32
+_BEGUN_IN_ONE_TURN = 8
 
 _STORES_IN_FLIGHT = 2
 _LEAP_BYTES = 1 << 20
@@ -58,9 +58,9 @@ _NARROW_READS_MAX = 64
 are cached already is narrow as well."""
 
 _WINDOW_BYTES_MAX = 16 << 20
-"""A window and what is left of the one before must stay with the front until it is read."""
 
-_WINDOWS_PER_CACHE = 8
+_WINDOWS_PER_CACHE = 16
+"""What is given to the front must stay there until it is read."""
 
 _MEMORY_BYTES_MIN = 256 << 20
 _MEMORY_KEPT_S = 0.25

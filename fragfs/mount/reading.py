@@ -82,6 +82,7 @@ class MountReading:
         self._front: Front | None = None
         self._prefill: Prefill | None = None
         self._pusher: Pusher | None = None
+        self._due: set[int] = set()  # to be checked before the front has them
         self._reads = 0
         self._bytes_returned = 0
 
@@ -94,7 +95,10 @@ class MountReading:
         """
         self._front = front
         if front is not None and self._cache.shared is not None:
-            front.use_cache(self._cache.shared)
+            try:
+                front.use_cache(self._cache.shared)
+            except (OSError, MemoryError) as error:
+                log.warning("fragments will be given to the front one by one: %s", error)
         if self._pool is not None:
             self._pool.start()
         if not self._options.prefill or self._place is None:
@@ -163,6 +167,8 @@ class MountReading:
             return False
         numbers = {piece.fragment for piece in pieces}
         missing = [number for number in numbers if not self._front.holds(number)]
+        # What was there and missed all the same is what the front leaves to be checked.
+        self._due.update(number for number in missing if self._cache.holds(number))
         await self._fetcher.all_ready(missing)
         for number in missing:
             self._offer(number, is_there=True)
@@ -172,11 +178,18 @@ class MountReading:
         """Let the front open a fragment that will be read, or give it what is to be checked."""
         assert self._front is not None
         assert self._cache.shared is not None
+        if self._front.holds(number):
+            return
         fragment = self._cache.identify(number)
-        if not self._cache.shared.is_to_check(fragment.id, is_there=is_there):
+        is_due = number in self._due
+        if not is_due and not self._cache.shared.is_to_check(fragment.id, is_there=is_there):
             self._front.name(fragment, self._cache.served_credit_s(number))
-        elif is_there and (raw := self._cache.find(number, check=True)) is not None:
-            self._front.give(number, raw)
+        elif not is_there:
+            self._due.add(number)
+        else:
+            self._due.discard(number)
+            if (raw := self._cache.find(number, check=True)) is not None:
+                self._front.give(number, raw)
 
     async def read(self, content: OpenContent, offset: int, size: int) -> memoryview | bytearray:
         """Read bytes of a content; see `FileReader.read`."""

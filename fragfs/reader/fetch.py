@@ -136,7 +136,9 @@ class FragmentFetcher:
             return False
         if self._cache.holds(number):
             return True
-        self._start(number, urgent=urgent)
+        # Threads take one after the other: what may be wanted must not stand before what is.
+        if urgent or self._pool is None or self._usable_pool() is not None:
+            self._start(number, urgent=urgent)
         return False
 
     async def ready(self, number: int) -> None:

@@ -188,6 +188,9 @@ class DecoderPool:
     async def _run(self) -> None:
         try:
             await self._keep_one()
+        except trio.Cancelled:
+            self._restarts = _RESTARTS_MAX + 1  # the others end as well
+            raise
         finally:
             if not self._processes:
                 self._fail_queued()

@@ -331,6 +331,33 @@ def test_a_directory_that_was_deleted_is_only_misses(cache, directory):
 # --- the order of leaving
 
 
+def test_damage_is_told_of_where_nothing_more_can_be_written(directory):
+    """The first byte of the claims has its page from the beginning: a full tmpfs has no other."""
+    with contextlib.closing(SharedFragmentCache(place_at(directory))) as cache:
+        claims = directory / ".claims"
+        assert claims.read_bytes() == b"\0\0"
+        assert claims.stat().st_blocks
+        fragment = put(cache, 1)
+        path = directory / file_name(fragment)
+        path.write_bytes(b"?" + path.read_bytes()[1:])
+        assert cache.get(fragment, 10_000, check=True) is None
+        assert claims.read_bytes()[:1] == b"D"
+        with contextlib.closing(SharedFragmentCache(place_at(directory))) as another:
+            assert claims.read_bytes()[:1] == b"D"
+            assert another.is_to_check(put(another, 2), is_there=True)
+
+
+def test_what_is_to_be_checked(directory):
+    with contextlib.closing(SharedFragmentCache(place_at(directory, in_memory=True))) as cache:
+        due = [cache.is_to_check(fragment_of(raw_of(n)), is_there=False) for n in range(160)]
+        assert sum(due) == 10
+        old = put(cache, 1)
+        cache.since_ns += 10**9
+        assert all(cache.is_to_check(old, is_there=True) for _ in range(16))
+    with contextlib.closing(SharedFragmentCache(place_at(directory))) as on_disk:
+        assert all(on_disk.is_to_check(old, is_there=False) for _ in range(16))
+
+
 def test_the_budget_holds(directory):
     """A quarter of it is for files that were removed and are still held open."""
     cache = SharedFragmentCache(place_at(directory, 200_000))

@@ -273,6 +273,33 @@ def test_it_opens_nothing_that_was_there_before(bench, tmp_path):
         cache.shared.close()
 
 
+def test_one_in_sixteen_is_left_to_who_can_check_it(bench, cache):
+    raws = {number: os.urandom(100) for number in range(1, 161)}
+    for number, raw in raws.items():
+        cache.put(raw)
+        cache.name(number, raw)
+        bench.add_file(number, [len(raw)], fragments=[number])
+    opened = {number for number in raws if bench.front.answer(number, number, 0, 100)}
+    assert len(opened) == 150
+    for number in sorted(opened):
+        assert bench.reply() == (number, 0, raws[number])
+    for number in raws.keys() - opened:
+        assert not bench.front.answer(number, number, 0, 100)  # until it is named again
+    assert bench.front.counters()[2] == 150
+
+
+def test_nothing_is_opened_for_a_read_of_too_many_pieces(bench, cache):
+    raw = os.urandom(10)
+    cache.put(raw)
+    cache.name(1, raw)
+    bench.add_file(FILE, [10] * 100, fragments=[1] * 100)
+    assert not bench.front.answer(5, FILE, 0, 1000)
+    assert not bench.front.answer(5, FILE, 5, 640)
+    assert bench.front.counters()[2] == 0
+    assert bench.front.answer(5, FILE, 5, 635)
+    assert bench.reply() == (5, 0, (raw * 64)[5:])
+
+
 def test_it_opens_nothing_more_once_damage_was_found(bench, cache):
     bench.add_file(FILE, [len(part) for part in PARTS])
     for number, part in enumerate(PARTS, 1):

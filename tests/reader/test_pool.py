@@ -281,7 +281,8 @@ async def test_processes_end_with_the_nursery(script):
         await settled()
         assert len(pool.pids) == 3
         nursery.cancel_scope.cancel()
-    # Sent or queued: nobody is left waiting.
-    assert [(await job.reply()).status for job in jobs] == [Status.FAILED] * 10
+    # Sent or queued, or asked for by now: nobody is left waiting.
+    jobs.append(Asked(pool, 99, urgent=True))
+    assert [(await job.reply()).status for job in jobs] == [Status.FAILED] * 11
     assert [process.returncode for process in script.processes] == [-signal.SIGKILL] * 3
     assert pool.pids == []
