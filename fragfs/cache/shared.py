@@ -257,6 +257,11 @@ class SharedFragmentCache:
         with contextlib.suppress(OSError):
             os.utime(os.path.join(self._path, file_name(fragment)), ns=(at_ns, at_ns))
 
+    @property
+    def checks_all(self) -> bool:
+        """Whether every fragment is checked each time: on disk, and once damage was found."""
+        return self._check_all
+
     def fileno(self) -> int:
         """Descriptor of the claims, whose first byte says D once anybody found damage."""
         return self._claims

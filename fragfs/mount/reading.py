@@ -83,6 +83,7 @@ class MountReading:
         self._prefill: Prefill | None = None
         self._pusher: Pusher | None = None
         self._due: set[int] = set()  # to be checked before the front has them
+        self._named: set[int] = set()  # what the front may open, unless it has forgotten it
         self._reads = 0
         self._bytes_returned = 0
 
@@ -167,8 +168,10 @@ class MountReading:
             return False
         numbers = {piece.fragment for piece in pieces}
         missing = [number for number in numbers if not self._front.holds(number)]
-        # What was there and missed all the same is what the front leaves to be checked.
-        self._due.update(number for number in missing if self._cache.holds(number))
+        # What was there, and named, and missed all the same is what the front leaves to be checked.
+        self._due.update(
+            number for number in missing if number in self._named and self._cache.holds(number)
+        )
         await self._fetcher.all_ready(missing)
         for number in missing:
             self._offer(number, is_there=True)
@@ -182,14 +185,16 @@ class MountReading:
             return
         fragment = self._cache.identify(number)
         is_due = number in self._due
-        if not is_due and not self._cache.shared.is_to_check(fragment.id, is_there=is_there):
-            self._front.name(fragment, self._cache.served_credit_s(number))
-        elif not is_there:
-            self._due.add(number)
-        else:
+        if is_due or self._cache.shared.is_to_check(fragment.id, is_there=is_there):
+            if not is_there:
+                self._due.add(number)
+                return
             self._due.discard(number)
             if (raw := self._cache.find(number, check=True)) is not None:
                 self._front.give(number, raw)
+        if not self._cache.shared.checks_all:
+            self._front.name(fragment, self._cache.served_credit_s(number))
+            self._named.add(number)
 
     async def read(self, content: OpenContent, offset: int, size: int) -> memoryview | bytearray:
         """Read bytes of a content; see `FileReader.read`."""
