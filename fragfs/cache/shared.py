@@ -181,7 +181,6 @@ class SharedFragmentCache:
         self._put_since_scan = 0
         self._full_until = 0.0
         self._hits = 0
-        self._asked = 0
         self._misses = 0
         self._puts = 0
         self._refused = 0
@@ -206,6 +205,9 @@ class SharedFragmentCache:
 
     # --- reading
 
+    def _path_of(self, fragment: FragmentId) -> str:
+        return f"{self._path}/{file_name(fragment)}"
+
     def get(
         self, fragment: FragmentId, raw_size: int, *, check: bool = False
     ) -> FragmentFile | None:
@@ -216,7 +218,7 @@ class SharedFragmentCache:
             raw_size: Its length: a file of another length is not it.
             check: Check its bytes, whatever the cache was told.
         """
-        path = os.path.join(self._path, file_name(fragment))
+        path = self._path_of(fragment)
         try:
             file = FragmentFile(os.open(path, _READ), raw_size)
         except OSError:
@@ -239,12 +241,12 @@ class SharedFragmentCache:
         except (FragmentError, OSError, ValueError):
             is_right = False
         if not is_right:
-            self._drop_damaged(os.path.join(self._path, file_name(fragment)))
+            self._drop_damaged(self._path_of(fragment))
         return is_right
 
     def holds(self, fragment: FragmentId) -> bool:
         """Whether a fragment is there; it may leave at any moment."""
-        return os.path.exists(f"{self._path}/{file_name(fragment)}")
+        return os.path.exists(self._path_of(fragment))
 
     def touch(self, fragment: FragmentId, credit_s: float) -> None:
         """Move a fragment in the order of leaving.
@@ -255,7 +257,7 @@ class SharedFragmentCache:
         """
         at_ns = time.time_ns() + int(credit_s * 1e9)
         with contextlib.suppress(OSError):
-            os.utime(os.path.join(self._path, file_name(fragment)), ns=(at_ns, at_ns))
+            os.utime(self._path_of(fragment), ns=(at_ns, at_ns))
 
     @property
     def checks_all(self) -> bool:
@@ -266,21 +268,14 @@ class SharedFragmentCache:
         """Descriptor of the claims, whose first byte says D once anybody found damage."""
         return self._claims
 
-    def is_to_check(self, fragment: FragmentId, *, is_there: bool) -> bool:
-        """Whether a fragment's bytes are to be checked before they are used next.
-
-        Args:
-            fragment: Its id.
-            is_there: False if it is only coming.
-        """
-        self._asked += 1
-        if self._check_all or not self._asked % _CHECK_ONE_IN:
+    def is_to_check(self, fragment: FragmentId) -> bool:
+        """Whether a fragment is to be checked in any case, and not only one in sixteen."""
+        if self._check_all:
             return True
-        if is_there:
-            with contextlib.suppress(OSError):
-                status = os.stat(f"{self._path}/{file_name(fragment)}")
-                return status.st_ctime_ns < self.since_ns
-        return False
+        try:
+            return os.stat(self._path_of(fragment)).st_ctime_ns < self.since_ns
+        except OSError:
+            return False  # it has left: who brings it back does so from now on
 
     def _is_right(self, file: FragmentFile, fragment: FragmentId, *, check: bool) -> bool:
         size = file.nbytes

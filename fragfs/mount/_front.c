@@ -386,7 +386,7 @@ static PyObject *front_name(Front *self, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "Ly*LL", &fragment, &id, &size, &credit_ns))
         return NULL;
-    struct name name = {fragment, (uint64_t)size, credit_ns, {0}};
+    struct name name = {fragment, (uint64_t)size, credit_ns, false, {0}};
     bool fits = id.len == ID_BYTES;
     if (fits)
         memcpy(name.id, id.buf, ID_BYTES);
@@ -397,9 +397,22 @@ static PyObject *front_name(Front *self, PyObject *args)
     }
     pthread_mutex_lock(&self->lock);
     if (self->names)
-        set_name(self, &name);
+        *name_at(self, fragment) = name;
     pthread_mutex_unlock(&self->lock);
     Py_RETURN_NONE;
+}
+
+static PyObject *front_is_due(Front *self, PyObject *args)
+{
+    long long fragment;
+
+    if (!PyArg_ParseTuple(args, "L", &fragment))
+        return NULL;
+    pthread_mutex_lock(&self->lock);
+    const struct name *name = self->names ? name_at(self, fragment) : NULL;
+    bool is_due = name && name->fragment == fragment && name->is_due;
+    pthread_mutex_unlock(&self->lock);
+    return PyBool_FromLong(is_due);
 }
 
 static PyObject *front_answer(Front *self, PyObject *args)
@@ -551,6 +564,8 @@ static PyMethodDef front_methods[] = {
      " older, or while the first byte of the claims says D"},
     {"name", (PyCFunction)front_name, METH_VARARGS,
      "name(fragment, id, size, credit_ns): its file in the cache may be opened when it is read"},
+    {"is_due", (PyCFunction)front_is_due, METH_VARARGS,
+     "is_due(fragment): whether its file is to be checked, and named again, before it is opened again"},
     {"answer", (PyCFunction)front_answer, METH_VARARGS,
      "answer(unique, number, offset, size): answer a read that was missed; False if it cannot"},
     {"counters", (PyCFunction)front_counters, METH_NOARGS, "counters(): (reads, bytes returned, files opened)"},
@@ -581,7 +596,7 @@ PyMODINIT_FUNC PyInit__front(void)
     PyObject *type = PyType_FromSpec(&front_spec);
     /* front.py uses no module of another version: a file built for older sources. */
     if (!type || PyModule_AddObjectRef(created, "Front", type) ||
-        PyModule_AddIntConstant(created, "VERSION", 3) ||
+        PyModule_AddIntConstant(created, "VERSION", 4) ||
         PyModule_AddIntConstant(created, "PIECES_MAX", PIECES_MAX)) {
         Py_XDECREF(type);
         Py_DECREF(created);

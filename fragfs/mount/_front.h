@@ -33,6 +33,7 @@ struct name {
     int64_t fragment; /* 0: none */
     uint64_t size;
     int64_t credit_ns; /* how much later than now it is used last, in the order of leaving */
+    bool is_due;       /* it is to be checked, and named again, before it may be opened again */
     uint8_t id[ID_BYTES];
 };
 
@@ -76,7 +77,7 @@ typedef struct {
     int claims;
     int64_t since_ns;
     size_t bytes_held, bytes_max;
-    uint64_t clock, reads, bytes_returned, opened, asked;
+    uint64_t clock, reads, bytes_returned, opened;
     char *request, *reply;   /* what passes through `serve` and `relay` */
     struct worker serving;   /* of the thread in `serve` */
     struct worker answering; /* of who calls `answer`, one at a time */
@@ -100,7 +101,7 @@ struct slot *find_slot(Front *front, int64_t fragment);
 struct slot *get_slot(Front *front, int64_t fragment);
 bool fill_slot(Front *front, int64_t fragment, int descriptor, char *copy, size_t size);
 void empty_slot(Front *front, struct slot *slot);
-void set_name(Front *front, const struct name *name);
+struct name *name_at(Front *front, int64_t fragment);
 void free_file(struct file *file);
 
 #endif

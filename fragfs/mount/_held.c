@@ -109,14 +109,10 @@ bool fill_slot(Front *front, int64_t fragment, int descriptor, char *copy, size_
 
 /* --- files of the cache */
 
-static struct name *name_at(Front *front, int64_t fragment)
+/* Where a fragment's name is, or would be; front->names is there. */
+struct name *name_at(Front *front, int64_t fragment)
 {
     return &front->names[(uint64_t)fragment % NAMES];
-}
-
-void set_name(Front *front, const struct name *name)
-{
-    *name_at(front, name->fragment) = *name;
 }
 
 /* Whether all of the cache is to be checked by who can hash: cache/shared.py, _is_suspect(). */
@@ -152,7 +148,7 @@ static void touch(int descriptor, int64_t credit_ns)
     (void)futimens(descriptor, times);
 }
 
-/* One in so many is left to who can hash, who names it again. */
+/* False if it is not there, or not to be trusted; one in so many that are is left to who can hash. */
 static bool open_named(Front *front, struct name *name)
 {
     char path[PATH_MAX];
@@ -160,23 +156,22 @@ static bool open_named(Front *front, struct name *name)
 
     if (length < 0 || (size_t)length + 2 * NAME_BYTES >= sizeof path)
         return false;
-    if (++front->asked % CHECK_ONE_IN == 0) {
-        name->fragment = 0;
-        return false;
-    }
     for (int i = 0; i < NAME_BYTES; i++)
         length += sprintf(path + length, "%02x", name->id[i]);
     int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
     if (descriptor < 0)
         return false;
-    if (is_right(front, name, descriptor) &&
-        fill_slot(front, name->fragment, descriptor, NULL, (size_t)name->size)) {
-        touch(descriptor, name->credit_ns);
-        front->opened++;
-        return true;
+    bool taken = is_right(front, name, descriptor);
+    if (taken && ++front->opened % CHECK_ONE_IN == 0) {
+        name->is_due = true;
+        taken = false;
     }
-    close(descriptor);
-    return false;
+    taken = taken && fill_slot(front, name->fragment, descriptor, NULL, (size_t)name->size);
+    if (taken)
+        touch(descriptor, name->credit_ns);
+    else
+        close(descriptor);
+    return taken;
 }
 
 /* What is held of a fragment, or can be opened now; NULL if neither. */
@@ -187,7 +182,7 @@ struct slot *get_slot(Front *front, int64_t fragment)
     if (slot || !front->names)
         return slot;
     struct name *name = name_at(front, fragment);
-    if (name->fragment != fragment || !open_named(front, name))
+    if (name->fragment != fragment || name->is_due || !open_named(front, name))
         return NULL;
     return find_slot(front, fragment);
 }

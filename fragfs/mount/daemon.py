@@ -143,7 +143,7 @@ class _Daemon:
             reading = self._reading = MountReading(self._options, self._library, decoders)
             operations = self._make_operations(reading)
             entry = self._mount(operations)
-            front = self._make_front(reading.held_bytes_max)
+            front = self._make_front(reading.front_bytes_max)
             try:
                 if front is not None:
                     helpers.start_soon(self._serve_reads, front, operations)
@@ -220,10 +220,10 @@ class _Daemon:
                     raise
                 log.warning("the connection to the kernel was aborted")
 
-    def _make_front(self, held_bytes_max: int) -> Front | None:
+    def _make_front(self, bytes_max: int) -> Front | None:
         module = find_front_module()
         try:
-            front = Front(module, held_bytes_max) if module is not None else None
+            front = Front(module, bytes_max) if module is not None else None
             self._device = front.device if front is not None else find_device()
         except BaseException:
             pyfuse3.close(unmount=True)

@@ -38,7 +38,7 @@ __all__ = ["Front", "Reads", "find_front_module"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 """Of the module and what it takes; raised with every change to it, here and in the source."""
 
 _RECORD = struct.Struct("=QQQII")
@@ -90,14 +90,14 @@ class Front:
 
     Args:
         module: From `find_front_module`.
-        held_bytes_max: Most bytes of fragments it holds. They are open files of the cache, whose
+        bytes_max: Most bytes of fragments it holds. They are open files of the cache, whose
             memory is not free again when they are evicted.
 
     Raises:
         OSError: The system refused a descriptor.
     """
 
-    def __init__(self, module: ModuleType, held_bytes_max: int) -> None:
+    def __init__(self, module: ModuleType, bytes_max: int) -> None:
         self.pieces_max: int = module.PIECES_MAX
         session = find_device()
         self.device = fcntl.fcntl(session, fcntl.F_DUPFD_CLOEXEC, 3)
@@ -110,7 +110,7 @@ class Front:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
             os.dup2(theirs.fileno(), session, inheritable=False)
         self._front = module.Front(
-            self.device, self._requests.fileno(), self._records_in, held_bytes_max
+            self.device, self._requests.fileno(), self._records_in, bytes_max
         )
         # The one that takes requests waits without the interpreter's lock, and so does the other.
         self._threads = [
@@ -213,6 +213,10 @@ class Front:
         """
         credit_ns = int(credit_s * 1e9)
         self._front.name(fragment.number, fragment.id, fragment.raw_size, credit_ns)
+
+    def is_due(self, fragment: int) -> bool:
+        """Whether it leaves a fragment's file, of those that it may open, to be checked now."""
+        return bool(self._front.is_due(fragment))
 
     def give(self, fragment: int, raw: memoryview | FragmentFile) -> None:
         """Have it answer reads of a fragment."""

@@ -41,7 +41,7 @@ class MountReading:
     """Reads of one mount. Belongs to the event loop's thread.
 
     Attributes:
-        held_bytes_max: Most bytes of fragments to hold open or in memory beside the shared cache.
+        front_bytes_max: Most bytes of fragments that a front may hold open.
 
     Args:
         options: What the mount is asked to be.
@@ -64,11 +64,12 @@ class MountReading:
             except OSError as error:
                 log.warning("no shared fragment cache in %s: %s", self._place.directory, error)
                 self._place = None
-        self.held_bytes_max = _held_bytes_max(self._place)
+        held_bytes_max = _held_bytes_max(self._place)
+        self.front_bytes_max = 2 * held_bytes_max
         self._cache = LayeredFragmentCache(
             library.fragment,
             library.dependent_count,
-            MemoryFragmentCache(self.held_bytes_max),
+            MemoryFragmentCache(held_bytes_max),
             shared,
         )
         self._pool: DecoderPool | None = None
@@ -82,8 +83,6 @@ class MountReading:
         self._front: Front | None = None
         self._prefill: Prefill | None = None
         self._pusher: Pusher | None = None
-        self._due: set[int] = set()  # to be checked before the front has them
-        self._named: set[int] = set()  # what the front may open, unless it has forgotten it
         self._reads = 0
         self._bytes_returned = 0
 
@@ -168,10 +167,6 @@ class MountReading:
             return False
         numbers = {piece.fragment for piece in pieces}
         missing = [number for number in numbers if not self._front.holds(number)]
-        # What was there, and named, and missed all the same is what the front leaves to be checked.
-        self._due.update(
-            number for number in missing if number in self._named and self._cache.holds(number)
-        )
         await self._fetcher.all_ready(missing)
         for number in missing:
             self._offer(number, is_there=True)
@@ -183,18 +178,14 @@ class MountReading:
         assert self._cache.shared is not None
         if self._front.holds(number):
             return
+        shared = self._cache.shared
         fragment = self._cache.identify(number)
-        is_due = number in self._due
-        if is_due or self._cache.shared.is_to_check(fragment.id, is_there=is_there):
-            if not is_there:
-                self._due.add(number)
-                return
-            self._due.discard(number)
-            if (raw := self._cache.find(number, check=True)) is not None:
+        if is_there and (self._front.is_due(number) or shared.is_to_check(fragment.id)):
+            raw = self._cache.find(number, check=True)
+            if raw is not None:
                 self._front.give(number, raw)
-        if not self._cache.shared.checks_all:
+        if not shared.checks_all:
             self._front.name(fragment, self._cache.served_credit_s(number))
-            self._named.add(number)
 
     async def read(self, content: OpenContent, offset: int, size: int) -> memoryview | bytearray:
         """Read bytes of a content; see `FileReader.read`."""
@@ -263,7 +254,7 @@ def _held_bytes_max(place: CachePlace | None) -> int:
     """Fragments at hand: without a shared cache all that is cached, else open files beside it."""
     if place is None:
         return CACHE_BYTES_MAX_DEFAULT
-    # Half of it is the decoders'; of the rest, half is the front's.
+    # Half of it is the front's; a quarter is the decoders'.
     return max(_HELD_BYTES_MIN, place.held_open_bytes_max // 4)
 
 

@@ -147,22 +147,15 @@ class FragmentFetcher:
         Never raises what the decode raised: who reads the fragment will be told.
         """
         if number in self._flights or not self._cache.holds(number):
-            flight = self._flights.get(number) or self._start(number, urgent=False)
-            await flight.done.wait()
+            await self._join(number, urgent=False).done.wait()
 
     async def all_ready(self, numbers: Iterable[int]) -> None:
-        """Wait as `ready` does, for fragments that somebody waits for now."""
-        flights = []
-        for number in numbers:
-            flight = self._flights.get(number)
-            if flight is not None:
-                self._joins += 1
-                self._hurry(flight)
-            elif self._cache.holds(number):
-                continue
-            else:
-                flight = self._start(number, urgent=True)
-            flights.append(flight)
+        """Wait as `ready` does, for all that a reader waits for."""
+        flights = [
+            self._join(number, urgent=True)
+            for number in numbers
+            if number in self._flights or not self._cache.holds(number)
+        ]
         for flight in flights:
             await flight.done.wait()
 
@@ -245,6 +238,15 @@ class FragmentFetcher:
     def _land(self, number: int, flight: _Flight) -> None:
         del self._flights[number]
         flight.done.set()
+
+    def _join(self, number: int, *, urgent: bool) -> _Flight:
+        """The flight that there is, or a new one."""
+        flight = self._flights.get(number)
+        if flight is None:
+            return self._start(number, urgent=urgent)
+        if urgent:
+            self._hurry(flight)
+        return flight
 
     def _hurry(self, flight: _Flight) -> None:
         if not flight.is_urgent:
@@ -338,12 +340,7 @@ class FragmentFetcher:
 
     async def _bases_ready(self, bases: tuple[int, ...], *, urgent: bool) -> bool:
         """Wait for some fragments; False if one cannot be decoded."""
-        flights = []
-        for base in bases:
-            flight = self._flights.get(base) or self._start(base, urgent=urgent)
-            if urgent:
-                self._hurry(flight)
-            flights.append(flight)
+        flights = [self._join(base, urgent=urgent) for base in bases]
         for flight in flights:
             await flight.done.wait()
         return all(flight.error is None for flight in flights)

@@ -283,9 +283,24 @@ def test_one_in_sixteen_is_left_to_who_can_check_it(bench, cache):
     assert len(opened) == 150
     for number in sorted(opened):
         assert bench.reply() == (number, 0, raws[number])
+    assert {number for number in raws if bench.front.is_due(number)} == raws.keys() - opened
     for number in raws.keys() - opened:
-        assert not bench.front.answer(number, number, 0, 100)  # until it is named again
-    assert bench.front.counters()[2] == 150
+        assert not bench.front.answer(number, number, 0, 100)
+        cache.name(number, raws[number])
+        assert not bench.front.is_due(number)
+        assert bench.front.answer(number, number, 0, 100)
+        assert bench.reply() == (number, 0, raws[number])
+
+
+def test_what_is_not_there_yet_is_asked_for_as_often_as_it_takes(bench, cache):
+    bench.add_file(FILE, [len(PARTS[0])])
+    cache.name(1, PARTS[0])
+    for _ in range(40):
+        assert not bench.front.answer(5, FILE, 0, 10)
+    assert not bench.front.is_due(1)
+    cache.put(PARTS[0])
+    assert bench.front.answer(5, FILE, 0, 10)
+    assert bench.reply() == (5, 0, WHOLE[:10])
 
 
 def test_nothing_is_opened_for_a_read_of_too_many_pieces(bench, cache):
