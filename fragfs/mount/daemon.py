@@ -143,7 +143,7 @@ class _Daemon:
             reading = self._reading = MountReading(self._options, self._library, decoders)
             operations = self._make_operations(reading)
             entry = self._mount(operations)
-            front = self._make_front(reading.front_bytes_max)
+            front = self._make_front(reading.held_bytes_max)
             try:
                 if front is not None:
                     helpers.start_soon(self._serve_reads, front, operations)

@@ -41,7 +41,8 @@ class MountReading:
     """Reads of one mount. Belongs to the event loop's thread.
 
     Attributes:
-        front_bytes_max: Most bytes of fragments that a front may hold open.
+        held_bytes_max: Most bytes of fragments to hold open or in memory beside the shared cache; a
+            front may hold as many.
 
     Args:
         options: What the mount is asked to be.
@@ -64,12 +65,11 @@ class MountReading:
             except OSError as error:
                 log.warning("no shared fragment cache in %s: %s", self._place.directory, error)
                 self._place = None
-        held_bytes_max = _held_bytes_max(self._place)
-        self.front_bytes_max = 2 * held_bytes_max
+        self.held_bytes_max = _held_bytes_max(self._place)
         self._cache = LayeredFragmentCache(
             library.fragment,
             library.dependent_count,
-            MemoryFragmentCache(held_bytes_max),
+            MemoryFragmentCache(self.held_bytes_max),
             shared,
         )
         self._pool: DecoderPool | None = None
@@ -254,7 +254,7 @@ def _held_bytes_max(place: CachePlace | None) -> int:
     """Fragments at hand: without a shared cache all that is cached, else open files beside it."""
     if place is None:
         return CACHE_BYTES_MAX_DEFAULT
-    # Half of it is the front's; a quarter is the decoders'.
+    # The front holds as much, and the decoders the other half.
     return max(_HELD_BYTES_MIN, place.held_open_bytes_max // 4)
 
 

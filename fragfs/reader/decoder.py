@@ -128,7 +128,7 @@ class DecoderOptions:
     @property
     def views_bytes_max(self) -> int:
         """Most bytes of bases to hold, decoded or mapped."""
-        share = self.place.held_open_bytes_max // 4 // self.count
+        share = self.place.held_open_bytes_max // 2 // self.count
         return max(_VIEWS_BYTES_MIN, min(_VIEWS_BYTES_MAX, share))
 
     def to_json(self) -> str:
