@@ -48,7 +48,8 @@ class CachePlace:
     """A directory for decoded fragments.
 
     Attributes:
-        directory: It exists, belongs to this user, and nobody else may enter it.
+        directory: It belongs to this user, and nobody else may enter it. It is there from when
+            somebody becomes its user (`begin_use`) until the last one leaves.
         in_memory: True in shared memory, False on disk.
         bytes_max: The budget, by the room there was when it was chosen.
         asked: The budget the user named; None if none was named.
@@ -103,11 +104,13 @@ def choose_place(
             made = _make_private(parent, library_uuid)
         except OSError:
             continue
-        in_memory = _is_memory(made)
+        # Its last user may remove it at any moment until this process is one: what is asked here
+        # is asked of the directory that it is in, which stays.
+        in_memory = _is_memory(made.parent)
         if in_memory:
             remove_abandoned(made.parent, keep=made)
         held = _held_bytes(made)
-        budget = measure_budget(made, in_memory=in_memory, asked=asked, held=held)
+        budget = measure_budget(made.parent, in_memory=in_memory, asked=asked, held=held)
         if budget >= min(CACHE_BYTES_MIN, asked or CACHE_BYTES_MIN):
             return CachePlace(made, in_memory, budget, asked)
         with contextlib.suppress(OSError):  # somebody uses it, with a smaller budget
@@ -119,7 +122,7 @@ def measure_budget(directory: Path, *, in_memory: bool, asked: int | None, held:
     """How many bytes the cache may hold now: the smallest of what is asked and what there is.
 
     Args:
-        directory: Where it is.
+        directory: A directory on the file system where it is.
         in_memory: Whether its files occupy memory.
         asked: What the user named.
         held: Bytes it holds already; they count as room.
@@ -221,9 +224,7 @@ def _make_private(parent: Path, library_uuid: bytes) -> Path:
     user = user_directory(parent)
     directory = user / library_uuid.hex()
     for path in (user, directory):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700, parents=path is user and not parent.exists())
-        status = path.lstat()
+        status = _make(path, parents=path is user and not parent.exists())
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise StorageError(
                 f"{path} is not a directory of this user: somebody else made it",
@@ -237,6 +238,15 @@ def _make_private(parent: Path, library_uuid: bytes) -> Path:
                 remedy="remove it: it holds nothing that cannot be decoded again",
             )
     return directory
+
+
+def _make(path: Path, *, parents: bool) -> os.stat_result:
+    """Make a directory that its last user may remove at any moment, and say what it is."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700, parents=parents)
+        with contextlib.suppress(FileNotFoundError):
+            return path.lstat()
 
 
 def _is_memory(directory: Path) -> bool:

@@ -56,7 +56,7 @@ def end_use(descriptor: int, directory: Path, *, remove: bool) -> None:
     """
     try:
         if remove and _is_alone(descriptor):
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
     finally:
         os.close(descriptor)
 
@@ -101,9 +101,22 @@ def _remove_if_abandoned(directory: Path) -> None:
         descriptor = os.open(directory / USERS_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         if time.time() - directory.lstat().st_mtime > _NEW_S:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
         return
     end_use(descriptor, directory, remove=True)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory of which nobody is a user, whoever becomes one meanwhile.
+
+    It goes under another name first: who comes now makes a new one, of which nothing is removed.
+    """
+    if directory.is_symlink():
+        return
+    gone = directory.with_name(f"gone-{os.getpid()}-{time.time_ns()}")
+    with contextlib.suppress(OSError):
+        directory.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _is_alone(descriptor: int) -> bool:

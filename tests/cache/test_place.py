@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fragfs.cache.place import (
     choose_place,
     measure_budget,
 )
+from fragfs.cache.users import begin_use, end_use
 from fragfs.errors import StorageError
 from tests.cache.support import Child
 
@@ -96,6 +98,25 @@ def test_a_system_without_shared_memory_uses_the_disk_and_makes_no_shared_memory
     place = choose_place(UUID, disk=tmp_path / "disk", shared_memory=tmp_path / "dev" / "shm")
     assert place.directory.parent.parent == tmp_path / "disk"
     assert not (tmp_path / "dev").exists()
+
+
+def test_a_place_is_chosen_while_the_last_user_leaves_it(tmp_path):
+    """As after a kill: the helpers of the one mount end while the next one starts."""
+    place = choose_place(UUID, asked=1 << 20, directory=tmp_path)
+    done = threading.Event()
+
+    def come_and_go():
+        while not done.is_set():
+            end_use(begin_use(place.directory), place.directory, remove=True)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        chosen = [choose_place(UUID, asked=1 << 20, directory=tmp_path) for _ in range(500)]
+    finally:
+        done.set()
+        thread.join()
+    assert {one and one.directory for one in chosen} == {place.directory}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -76,6 +76,7 @@ def test_only_directories_are_removed(directory, tmp_path):
     (directory.parent / "file").write_bytes(b"")
     remove_abandoned(directory.parent, keep=directory)
     assert (elsewhere / "precious").exists()
+    assert sorted(os.listdir(directory.parent)) == ["file", directory.name, "link"]
 
 
 def test_a_directory_that_vanishes_before_it_is_used_is_made_again(directory):
@@ -106,6 +107,28 @@ def test_coming_and_going_at_once_never_fails(directory):
         thread.join()
     assert failures == []
     assert not directory.exists()
+
+
+def test_what_a_new_user_makes_is_not_removed_with_what_the_last_one_left(directory, monkeypatch):
+    """The new one comes while the old files are being removed, and one has the name of an old."""
+    rmtree = shutil.rmtree
+    come = []
+
+    def remove_after_somebody_came(path, **options):
+        assert not directory.exists()
+        come.append(begin_use(directory))
+        (directory / "claims").write_bytes(b"new")
+        rmtree(path, **options)
+
+    last = begin_use(directory)
+    (directory / "claims").write_bytes(b"old")
+    monkeypatch.setattr(shutil, "rmtree", remove_after_somebody_came)
+    end_use(last, directory, remove=True)
+    monkeypatch.undo()
+    assert (directory / "claims").read_bytes() == b"new"
+    assert os.listdir(directory.parent) == [directory.name]
+    end_use(come[0], directory, remove=True)
+    assert os.listdir(directory.parent) == []
 
 
 def make_cache(parent, name, size):
