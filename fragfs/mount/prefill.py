@@ -389,15 +389,17 @@ class Prefill:
 
     async def _decode_window(self, extents: ExtentMap, window: Window) -> None:
         """Have a window decoded, whenever the decoders come to it."""
-        index = extents.index_at(window.start)
-        end = extents.index_at(window.stop - 1) + 1
-        while index < end and not self._is_memory_short():
-            stop = min(index + _BEGUN_IN_ONE_TURN, end)
-            for number in extents.fragments[index:stop]:
+        indexes = range(extents.index_at(window.start), extents.index_at(window.stop - 1) + 1)
+        if window.is_backward:
+            indexes = indexes[::-1]
+        for begun in range(0, len(indexes), _BEGUN_IN_ONE_TURN):
+            if self._is_memory_short():
+                return
+            for index in indexes[begun : begun + _BEGUN_IN_ONE_TURN]:
+                number = extents.fragments[index]
                 is_there = self._fetcher.begin_nowait(number, urgent=False)
                 if self._offer is not None:
                     self._offer(number, is_there)
-            index = stop
             await trio.lowlevel.checkpoint()  # requests have their turn
 
     async def _store_window(self, pusher: Pusher, content: OpenContent, window: Window) -> None:
@@ -428,7 +430,9 @@ class Prefill:
         The front answers a request for less than a store of as many pages takes; but a page that is
         touched at random is asked for alone, and its neighbours are there if they are stored.
         """
-        return window.stream is None or (self._offer is None and followed.is_storing)
+        if window.stream is None:
+            return True
+        return self._offer is None and followed.is_storing and not window.is_backward
 
     async def _store(self, pusher: Pusher, content: OpenContent, start: int, stop: int) -> None:
         pieces = plan_read(content.extents, start, stop - start)

@@ -7,6 +7,7 @@ it has come, and the next window is planned. Windows grow with each one that was
 - A read that follows another one belongs to its stream; several streams run at once.
 - A read at the start of a tensor starts a stream at once: loaders read tensors whole, in any order.
 - Any other read touches one fragment, which is all that it gets.
+- Who reads blocks that each end where the one before began goes back to front.
 - A stream stays within its tensor until its reader has gone on to the next one by itself.
 """
 
@@ -33,6 +34,10 @@ _TENSOR_BYTES_MIN = 512 << 10
 _TRIPWIRE_AT = 4
 _READS_BEYOND = 2
 _TOUCHES_MAX = 64
+_BLOCK_BYTES_MAX = 2 << 20
+_BLOCK_SLACK_BYTES = 128 << 10
+_BLOCKS_MIN = 2
+"""Blocks on end, each below the last, after which a reader is taken to go on like that."""
 
 
 @dataclass(slots=True)
@@ -44,16 +49,18 @@ class Window:
         stop: Where it ends: on a page, or the end of the file.
         trip: Where the tripwire is: a hole of `TRIPWIRE_BYTES` on a page; None has none.
         stream: Whose it is; None for a touched fragment.
+        is_backward: Whether its end is wanted first.
     """
 
     start: int
     stop: int
     trip: int | None = None
     stream: Stream | None = None
+    is_backward: bool = False
 
 
 class Stream:
-    """One reader that goes front to back.
+    """One reader that goes front to back, or one block of a reader that goes back to front.
 
     Attributes:
         low: Where it began.
@@ -62,9 +69,24 @@ class Stream:
             anybody wants, so one says nothing.
         front: The end of the furthest read.
         next: The end of what was planned.
+        ceiling: Where the block above began, if this may be one of a reader that goes back to
+            front.
+        blocks: How many blocks there were above it, each of which ended where the next began.
+        floor: The start of what was planned below.
     """
 
-    __slots__ = ("beyond", "front", "low", "next", "tensor_stop", "trip", "window_bytes")
+    __slots__ = (
+        "beyond",
+        "blocks",
+        "ceiling",
+        "floor",
+        "front",
+        "low",
+        "next",
+        "tensor_stop",
+        "trip",
+        "window_bytes",
+    )
 
     def __init__(self, offset: int, end: int, tensor_stop: int, window_bytes: int) -> None:
         self.low = offset
@@ -74,6 +96,14 @@ class Stream:
         self.next = end
         self.trip: int | None = None
         self.window_bytes = window_bytes
+        self.ceiling: int | None = None
+        self.blocks = 0
+        self.floor = offset
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it has not gone beyond the block above, so that nothing is planned behind it."""
+        return self.ceiling is not None and self.front <= self.ceiling + _SLACK_BYTES
 
 
 class ReadAhead:
@@ -138,6 +168,8 @@ class ReadAhead:
             return None
         if stream.front < self._data_start + _STREAM_BYTES_MIN:
             return None  # the header, and what the kernel read with it
+        if stream.is_block:
+            return None
         return self._plan(stream, stream.front + self._gap_bytes)
 
     def _stream_at(self, offset: int) -> Stream | None:
@@ -151,14 +183,47 @@ class ReadAhead:
     def _begin(self, offset: int, end: int) -> Window | None:
         start, stop = self._tensor_at(end - 1)
         stream = Stream(offset, end, stop, self._window_bytes_min)
+        self._look_above(stream)
         self._streams.insert(0, stream)
         del self._streams[_STREAMS_MAX:]
         if offset <= self._data_start:
             return None
+        if stream.blocks >= _BLOCKS_MIN:
+            return self._plan_below(stream)
         begins = offset <= start or offset < start + _TENSOR_START_BYTES
         if begins and stop - start >= _TENSOR_BYTES_MIN:
             return self._plan(stream, end)
         return self._touched((offset + end) // 2)
+
+    def _look_above(self, stream: Stream) -> None:
+        """Whether a stream that begins goes on below another one."""
+        above = [
+            other
+            for other in self._streams
+            if stream.low < other.low <= stream.low + _BLOCK_BYTES_MAX
+        ]
+        if not above:
+            return
+        block = min(above, key=lambda other: other.low)
+        stream.ceiling = block.low
+        # What was stored between the two is not asked for: the last reader is believed anyway.
+        is_whole = block.ceiling is None or block.front + _BLOCK_SLACK_BYTES >= block.ceiling
+        if is_whole or block is self._streams[0]:
+            stream.blocks = block.blocks + 1
+        if stream.blocks >= _BLOCKS_MIN:
+            stream.floor = min(block.floor, stream.low)
+            stream.window_bytes = block.window_bytes
+            self._streams.remove(block)
+
+    def _plan_below(self, stream: Stream) -> Window | None:
+        if stream.low - stream.floor > stream.window_bytes // 2:
+            return None
+        if stream.floor < stream.low:
+            stream.window_bytes = min(stream.window_bytes * 2, self._window_bytes_max)
+        stop = stream.floor // PAGE_BYTES * PAGE_BYTES
+        start = max(0, stop - stream.window_bytes) // PAGE_BYTES * PAGE_BYTES
+        stream.floor = start
+        return Window(start, stop, stream=stream, is_backward=True) if start < stop else None
 
     def _touched(self, offset: int) -> Window | None:
         """The pages that lie in one fragment: it was decoded for the read anyway."""

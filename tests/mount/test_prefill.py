@@ -79,3 +79,19 @@ async def test_what_is_only_decoded_ahead_is_begun_at_once_and_offered(nursery):
     assert fetcher.begun
     assert offered == [(number, False) for number in fetcher.begun]
     assert fetcher.begun == sorted(set(fetcher.begun))
+
+
+async def test_who_reads_back_to_front_is_decoded_for_in_that_order(nursery):
+    """Whether or not there is a front: what is stored is stored front to back."""
+    fetcher, pusher = IdleFetcher(), FakePusher()
+    prefill = Prefill(fetcher, lambda _: Metadata, pusher, nursery, 1 << 30, lambda: 128)
+    content = content_of(extents_of([MIB] * 40))
+    for block in range(39, 36, -1):
+        fetcher.begun.clear()
+        for offset in range(0, MIB, 128 << 10):
+            prefill.on_read(content, block * MIB + offset, 128 << 10)
+        await trio.testing.wait_all_tasks_blocked()
+    assert fetcher.begun == [37, 36, 35, 34]  # fragments are numbered from one
+    fetcher.go.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert {offset // MIB for _, offset in pusher.stored} == {38, 39}

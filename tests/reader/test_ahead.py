@@ -1,5 +1,7 @@
 """What is planned ahead of readers: the properties that hold whatever the policy is."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,6 +73,43 @@ def test_a_reader_from_front_to_back_is_followed_to_the_end():
     assert len(planned) * PAGE_BYTES > extents.size // 2
 
 
+@pytest.mark.parametrize("block", [64 << 10, 512 << 10, MIB])
+@pytest.mark.parametrize("stored", [0, 700 << 10])
+def test_a_reader_from_back_to_front_is_followed_to_the_start(block, stored):
+    """Also where some of a block is not asked for, because it was stored as its end was touched."""
+    extents = file_of(5000, [7 * MIB + 13, 30 * MIB, 3 * MIB])
+    ahead, windows = ReadAhead(extents), []
+    reads = 0
+    for start in reversed(range(0, extents.size, block)):
+        asked = max(REQUEST, block - stored)
+        for offset in range(start, min(start + asked, extents.size), REQUEST):
+            reads += 1
+            window = ahead.on_read(offset, min(REQUEST, block))
+            if window is not None and window.stream is not None:
+                windows.append(window)
+                # What was read already is behind its reader, however far the request reaches.
+                assert window.stop <= start
+    assert all(window.is_backward for window in windows)
+    assert windows[-1].start == 0
+    for window, below in itertools.pairwise(windows):
+        assert below.stop == window.start
+    assert windows[0].stop > extents.size - 4 * block - MIB
+    assert len(windows) < 8
+
+
+def test_one_who_goes_on_beyond_the_block_above_goes_front_to_back_again():
+    extents = file_of(5000, [64 * MIB])
+    ahead = ReadAhead(extents)
+    for start in (33 * MIB, 32 * MIB, 31 * MIB):
+        last = ahead.on_read(start, REQUEST)
+    assert last.is_backward
+    windows = [ahead.on_read(31 * MIB + REQUEST * index, REQUEST) for index in range(1, 64)]
+    forward = [window for window in windows if window is not None]
+    assert forward
+    assert not any(window.is_backward for window in forward)
+    assert forward[0].start > 33 * MIB
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 3])
 def test_a_read_at_the_start_of_a_tensor_plans_within_it(tensor):
     extents = file_of(5000, [4 * MIB + 8, 6 * MIB, 5 * MIB + 4, 9 * MIB])
@@ -98,7 +137,11 @@ def test_random_touches_grow_no_windows():
 
 
 READS = st.lists(
-    st.tuples(st.integers(0, 1 << 26), st.sampled_from([1, 4096, 131072, 1 << 20]), st.booleans()),
+    st.tuples(
+        st.integers(0, 1 << 26),
+        st.sampled_from([1, 4096, 131072, 1 << 20]),
+        st.sampled_from(["anywhere", "behind", "before"]),
+    ),
     max_size=60,
 )
 
@@ -114,11 +157,12 @@ READS = st.lists(
 def test_windows_are_pages_within_the_file_and_never_planned_twice(
     header, tensors, fragment_bytes, tail, reads
 ):
-    """Any reads, also beyond the end; a read that follows its predecessor is one in two."""
+    """Any reads, also beyond the end; many follow their predecessor, or end where it began."""
     extents = file_of(header, tensors, fragment_bytes, tail)
-    ahead, planned, end = ReadAhead(extents), [], 0
-    for offset, size, follows in reads:
-        at = end if follows else offset % (extents.size + REQUEST)
+    ahead, planned, at, end = ReadAhead(extents), [], 0, 0
+    for offset, size, place in reads:
+        anywhere = offset % (extents.size + REQUEST)
+        at = {"anywhere": anywhere, "behind": end, "before": max(0, at - size)}[place]
         end = at + size
         window = ahead.on_read(at, size)
         if window is None:
