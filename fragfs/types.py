@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fragfs.errors import UsageError
 
@@ -241,6 +242,24 @@ class FragmentMetadata:
     record_size: int
     raw_size: int
     predictor: int
+
+
+class FragmentIdentity(NamedTuple):
+    """What a fragment is, wherever and however it is stored.
+
+    Attributes:
+        number: The catalog's integer for it, never reused.
+        id: BLAKE3-256 of the raw bytes.
+        raw_size: Bytes it has.
+        has_bases: Whether it is predicted from others; may change with how it is stored.
+        is_base: Whether others are predicted from it; may change as models come and go.
+    """
+
+    number: int
+    id: FragmentId
+    raw_size: int
+    has_bases: bool
+    is_base: bool
 
 
 @dataclass(frozen=True, slots=True)

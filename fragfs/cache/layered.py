@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.shared import FragmentFile, SharedFragmentCache
-from fragfs.types import FragmentMetadata
+from fragfs.types import FragmentIdentity
 
 __all__ = ["LayeredFragmentCache", "leaving_credit_s"]
 
@@ -19,40 +18,36 @@ _SERVED_CREDIT_S = -3600.0
 _TYPICAL_NS_PER_BYTE = 1.0
 
 
-def leaving_credit_s(decode_ns: int, raw_size: int, dependent_count: int) -> float:
+def leaving_credit_s(decode_ns: int, raw_size: int, *, is_base: bool) -> float:
     """How much later than its last use a fragment counts as used, for what its loss would cost.
 
     Args:
         decode_ns: What its decode took, bases not included.
         raw_size: Bytes it has.
-        dependent_count: How many fragments are predicted from it.
+        is_base: Whether others are predicted from it.
     """
     cost = min(8.0, decode_ns / max(1, raw_size) / _TYPICAL_NS_PER_BYTE)
-    return cost * (_BASE_CREDIT_S if dependent_count else _CREDIT_S)
+    return cost * (_BASE_CREDIT_S if is_base else _CREDIT_S)
 
 
 class LayeredFragmentCache:
     """A `DecodedSource` over views held by this process and the files shared with others.
 
     Args:
-        identify: Where a fragment is stored, by number; asked for what is not held.
-        dependent_count: How many fragments are predicted from one.
+        identify_all: What fragments are, by number; asked for what is not known from before.
         held: What this process has at hand: open files of the shared cache, or bytes.
         shared: What all hold; None keeps to what this process holds.
     """
 
     def __init__(
         self,
-        identify: Callable[[int], FragmentMetadata],
-        dependent_count: Callable[[int], int],
+        identify_all: Callable[[Sequence[int]], list[FragmentIdentity]],
         held: MemoryFragmentCache[memoryview | FragmentFile],
         shared: SharedFragmentCache | None,
     ) -> None:
-        # Where a fragment lies may change; its id and its size, which are used here, do not.
-        self._identify = lru_cache(_IDENTITIES_MAX)(identify)
-        self._dependent_count = dependent_count
-        # Half the cost of finding a fragment; an old answer costs a decode at worst.
-        self._is_needed = lru_cache(_IDENTITIES_MAX)(lambda number: dependent_count(number) > 0)
+        self._identify_all = identify_all
+        # Half the cost of finding a fragment; what has changed meanwhile costs a decode at worst.
+        self._identities: dict[int, FragmentIdentity] = {}
         self.held = held
         self.shared = shared
 
@@ -71,7 +66,7 @@ class LayeredFragmentCache:
         if (
             check
             and isinstance(found, FragmentFile)
-            and not self.shared.recheck(found, self._identify(number).id)
+            and not self.shared.recheck(found, self.identify(number).id)
         ):
             self.held.drop(number)
             return None
@@ -80,18 +75,18 @@ class LayeredFragmentCache:
     def _find_shared(
         self, shared: SharedFragmentCache, number: int, *, check: bool
     ) -> FragmentFile | None:
-        metadata = self._identify(number)
+        identity = self.identify(number)
         # A small one is not worth a descriptor; once it is copied, nobody could check it any more.
-        is_small = metadata.raw_size < _FILE_BYTES_MIN
-        file = shared.get(metadata.id, metadata.raw_size, check=check or is_small)
+        is_small = identity.raw_size < _FILE_BYTES_MIN
+        file = shared.get(identity.id, identity.raw_size, check=check or is_small)
         if file is not None:
             self.held.put(number, file.view() if is_small else file)
-            shared.touch(metadata.id, self.served_credit_s(number))
+            shared.touch(identity.id, self.served_credit_s(number))
         return file
 
     def served_credit_s(self, number: int) -> float:
         """How much later than its last use a fragment counts as used, once it was served."""
-        return _BASE_CREDIT_S if self._is_needed(number) else _SERVED_CREDIT_S
+        return _BASE_CREDIT_S if self.identify(number).is_base else _SERVED_CREDIT_S
 
     def get(self, number: int) -> memoryview | None:
         """The bytes of a fragment to decode with, or None if they have to be decoded.
@@ -104,32 +99,44 @@ class LayeredFragmentCache:
         found = self.find(number, check=True)
         return found.view() if isinstance(found, FragmentFile) else found
 
-    def identify(self, number: int) -> FragmentMetadata:
-        """A fragment's id and size; where it lies may be out of date."""
-        return self._identify(number)
+    def identify(self, number: int) -> FragmentIdentity:
+        """What a fragment is; whether it has bases or is one may be out of date."""
+        identity = self._identities.get(number)
+        return identity if identity is not None else self.identify_all((number,))[0]
+
+    def identify_all(self, numbers: Sequence[int]) -> list[FragmentIdentity]:
+        """What some fragments are, in their order: a third of the time of one after the other."""
+        known = self._identities
+        unknown = [number for number in numbers if number not in known]
+        if unknown:
+            found = {identity.number: identity for identity in self._identify_all(unknown)}
+            if len(known) + len(found) > _IDENTITIES_MAX:
+                found |= {number: known[number] for number in numbers if number in known}
+                known = self._identities = {}
+            known.update(found)
+        return [known[number] for number in numbers]
 
     def holds(self, number: int) -> bool:
         """Whether a fragment is at hand; one in the shared cache may leave at any moment."""
         if self.held.holds(number):
             return True
-        return self.shared is not None and self.shared.holds(self._identify(number).id)
+        return self.shared is not None and self.shared.holds(self.identify(number).id)
 
     def put(self, number: int, raw: memoryview) -> None:
         """Keep the bytes of a fragment, for this process and, if there is room, for all."""
         self.held.put(number, raw)
         if self.shared is not None:
-            self.publish(self._identify(number), raw)
+            self.publish(self.identify(number), raw)
 
-    def publish(self, metadata: FragmentMetadata, raw: memoryview, decode_ns: int = 0) -> bool:
+    def publish(self, fragment: FragmentIdentity, raw: memoryview, decode_ns: int = 0) -> bool:
         """Put a fragment where all processes find it; False if there is no room for it.
 
         Args:
-            metadata: The fragment.
+            fragment: What it is.
             raw: All its bytes, checked.
             decode_ns: What its decode took, bases not included.
         """
         if self.shared is None:
             return False
-        dependent_count = self._dependent_count(metadata.number)
-        credit_s = leaving_credit_s(decode_ns, metadata.raw_size, dependent_count)
-        return self.shared.put(metadata.id, raw, credit_s)
+        credit_s = leaving_credit_s(decode_ns, fragment.raw_size, is_base=fragment.is_base)
+        return self.shared.put(fragment.id, raw, credit_s)

@@ -49,6 +49,8 @@ _DAMAGED = b"D"
 _TEMPORARY_S_MAX = 60.0
 _KEEP_AFTER_TRIM = 0.9
 _RESCANS_PER_BUDGET = 16
+_TRIM_WAIT_S = 0.25
+_TRIM_POLL_S = 0.002
 _CHECK_ONE_IN = 16
 _FULL_S = 2.0
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -349,11 +351,12 @@ class SharedFragmentCache:
             self._puts += 1
             self._bytes_held += size
             self._put_since_scan += size
-            is_due = (
-                self._bytes_held > self._files_bytes_max
-                or self._put_since_scan * _RESCANS_PER_BUDGET > self._bytes_max
-            )
-        if is_due:
+            is_over = self._bytes_held > self._files_bytes_max
+            is_due = self._put_since_scan * _RESCANS_PER_BUDGET > self._bytes_max
+        if is_over:
+            # Who makes room may have to wait for a processor: nobody fills it further meanwhile.
+            self.trim(wait_s=_TRIM_WAIT_S)
+        elif is_due:
             self.trim()
         return True
 
@@ -375,13 +378,14 @@ class SharedFragmentCache:
     def _files_bytes_max(self) -> int:
         return self._bytes_max - held_open(self._bytes_max)
 
-    def trim(self, bytes_max: int | None = None) -> None:
+    def trim(self, bytes_max: int | None = None, *, wait_s: float = 0.0) -> None:
         """Count what the place holds, and remove what is over the budget and what is left over.
 
         Does nothing if another process is at it.
 
         Args:
             bytes_max: Trim to this instead.
+            wait_s: How long to wait for another process that is at it.
         """
         try:
             lock = os.open(
@@ -390,11 +394,8 @@ class SharedFragmentCache:
         except OSError:
             return  # the directory was deleted: there is nothing to remove
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return
-        else:
-            self._trim(bytes_max)
+            if _lock_within(lock, wait_s):
+                self._trim(bytes_max)
         finally:
             os.close(lock)
 
@@ -476,6 +477,20 @@ class SharedFragmentCache:
             evictions=self.evictions,
             damaged=self._damaged,
         )
+
+
+def _lock_within(descriptor: int, wait_s: float) -> bool:
+    """Whether an exclusive flock could be had in time."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_TRIM_POLL_S)
+        else:
+            return True
 
 
 def _lock_of(kind: int, fragment: FragmentId) -> bytes:

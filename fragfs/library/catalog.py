@@ -29,6 +29,7 @@ from fragfs.types import (
     FRAGMENT_BYTES_MAX,
     LIBRARY_FORMAT_VERSION,
     FragmentId,
+    FragmentIdentity,
     FragmentMetadata,
     Level,
     LibraryConfig,
@@ -125,6 +126,13 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
             path=str(path),
             remedy=CATALOG_REMEDY,
         ) from error
+
+
+def _filled_up(numbers: Sequence[int]) -> list[int]:
+    """Numbers to ask for, filled up to a round count: SQLite knows the statement from before."""
+    if len(numbers) == 1:
+        return [*numbers]
+    return [*numbers, *[*numbers][:1] * (-len(numbers) % _ASKED_STEP)]
 
 
 class _ThreadConnection:
@@ -470,6 +478,33 @@ class Catalog:
             raise self.damaged(f"fragment {number} is not what the index of ids says")
         return self._metadata(row)
 
+    def identities(self, numbers: Sequence[int]) -> list[FragmentIdentity]:
+        """What some fragments are, in their order; a few hundred at most.
+
+        Raises:
+            NotFoundError: There is no such fragment.
+        """
+        asked = _filled_up(numbers)
+        # Where the index of ids says something else, see `fragment`.
+        rows = self.rows(
+            "SELECT number, id, raw_size,"
+            " EXISTS (SELECT 1 FROM bases WHERE bases.fragment = fragments.number),"
+            " EXISTS (SELECT 1 FROM bases WHERE bases.base = fragments.number)"
+            f" FROM fragments WHERE number IN ({', '.join('?' * len(asked))}) AND number ="
+            " (SELECT other.number FROM fragments AS other WHERE other.id = fragments.id)",
+            asked,
+        )
+        found = {
+            number: FragmentIdentity(number, FragmentId(id_), size, bool(has_bases), bool(is_base))
+            for number, id_, size, has_bases, is_base in rows
+            if len(id_) == 32 and 0 <= size <= FRAGMENT_BYTES_MAX
+        }
+        for number in numbers:
+            if number not in found:
+                self.fragment(number)  # which says what is the matter
+                return self.identities(numbers)  # it was added meanwhile
+        return [found[number] for number in numbers]
+
     def _metadata(self, row: Sequence[Any]) -> FragmentMetadata:
         number, fragment, pack, offset, record_size, raw_size, predictor = row
         if (
@@ -498,8 +533,7 @@ class Catalog:
     def bases_of(self, numbers: Collection[int]) -> dict[int, tuple[int, ...]]:
         """`bases` of each of some fragments, a few hundred at most."""
         found: dict[int, tuple[int, ...]] = dict.fromkeys(numbers, ())
-        # Filled up to a round number: SQLite then knows the statement from another time.
-        asked = [*found, *[*found][:1] * (-len(found) % _ASKED_STEP)]
+        asked = _filled_up([*found])
         marks = ", ".join("?" * len(asked))
         for fragment, base in self.rows(
             f"SELECT fragment, base FROM bases WHERE fragment IN ({marks})"

@@ -28,6 +28,7 @@ from fragfs.library.publish import DraftDirectory, load_draft
 from fragfs.types import (
     FileEntry,
     FragmentId,
+    FragmentIdentity,
     FragmentMetadata,
     LayerMapping,
     LibraryStats,
@@ -318,9 +319,13 @@ class LibraryReader:
         """Numbers of the fragments that a fragment's prediction reads."""
         return self._catalog.bases(number)
 
-    def dependent_count(self, number: int) -> int:
-        """How many fragments are predicted from a fragment."""
-        return len(self._catalog.dependents(number))
+    def identities(self, numbers: Sequence[int]) -> list[FragmentIdentity]:
+        """What some fragments are, in their order; a few hundred at most.
+
+        Raises:
+            NotFoundError: There is no such fragment.
+        """
+        return self._catalog.identities(numbers)
 
     def decode_fragment(self, number: int, source: DecodedSource) -> memoryview:
         """The raw bytes of a fragment, read-only, from `source` or from its pack.

@@ -32,7 +32,7 @@ from fragfs.cache.shared import FragmentFile, SharedFragmentCache
 from fragfs.library.extents import OpenContent
 from fragfs.mount.device import OUT_HEADER, find_device
 from fragfs.reader.ahead import PAGE_BYTES
-from fragfs.types import FragmentMetadata
+from fragfs.types import FragmentIdentity
 
 __all__ = ["Front", "Reads", "find_front_module"]
 
@@ -204,7 +204,7 @@ class Front:
         """Whether it can answer reads of a fragment, and will be able to for some time."""
         return bool(self._front.holds(fragment))
 
-    def name(self, fragment: FragmentMetadata, credit_s: float) -> None:
+    def name(self, fragment: FragmentIdentity, credit_s: float) -> None:
         """Let it open a fragment's file in the cache, unchecked, when somebody reads it.
 
         Args:

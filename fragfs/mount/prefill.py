@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -34,7 +34,7 @@ from fragfs.mount.pusher import PARTS_MAX, PUSHED, PusherOptions, StorePart, pac
 from fragfs.reader.ahead import PAGE_BYTES, TRIPWIRE_BYTES, ReadAhead, Window
 from fragfs.reader.fetch import FragmentFetcher
 from fragfs.reader.plan import plan_read
-from fragfs.types import FragmentMetadata
+from fragfs.types import FragmentIdentity
 
 __all__ = ["Prefill", "PrefillStatistics", "Pusher", "PusherProcess", "start_pusher"]
 
@@ -303,7 +303,7 @@ class Prefill:
 
     Args:
         fetcher: Where decoded fragments come from.
-        identify: Where a fragment is stored, by number.
+        identify_all: What fragments are, by number.
         pusher: What stores; None only decodes ahead.
         nursery: Where windows are worked on.
         cache_bytes_max: Budget of the fragment cache: windows stay far below it.
@@ -315,7 +315,7 @@ class Prefill:
     def __init__(
         self,
         fetcher: FragmentFetcher,
-        identify: Callable[[int], FragmentMetadata],
+        identify_all: Callable[[Sequence[int]], list[FragmentIdentity]],
         pusher: Pusher | None,
         nursery: trio.Nursery,
         cache_bytes_max: int,
@@ -326,7 +326,7 @@ class Prefill:
         self._offer = offer
         self._window_bytes_max = min(_WINDOW_BYTES_MAX, cache_bytes_max // _WINDOWS_PER_CACHE)
         self._fetcher = fetcher
-        self._identify = identify
+        self._identify_all = identify_all
         self.pusher = pusher
         self._nursery = nursery
         self._followed: OrderedDict[int, _Followed] = OrderedDict()
@@ -395,8 +395,10 @@ class Prefill:
         for begun in range(0, len(indexes), _BEGUN_IN_ONE_TURN):
             if self._is_memory_short():
                 return
-            for index in indexes[begun : begun + _BEGUN_IN_ONE_TURN]:
-                number = extents.fragments[index]
+            turn = indexes[begun : begun + _BEGUN_IN_ONE_TURN]
+            numbers = [extents.fragments[index] for index in turn]
+            self._identify_all(numbers)  # whoever asks for one of them now knows it
+            for number in numbers:
                 is_there = self._fetcher.begin_nowait(number, urgent=False)
                 if self._offer is not None:
                     self._offer(number, is_there)
@@ -438,12 +440,11 @@ class Prefill:
         pieces = plan_read(content.extents, start, stop - start)
         if len(pieces) > PARTS_MAX:
             return  # thousands of tiny tensors: not worth it
-        parts = []
-        for piece in pieces:
-            fragment = self._identify(piece.fragment)
-            parts.append(
-                StorePart(fragment.id, fragment.raw_size, piece.fragment_offset, piece.size)
-            )
+        fragments = self._identify_all([piece.fragment for piece in pieces])
+        parts = [
+            StorePart(fragment.id, fragment.raw_size, piece.fragment_offset, piece.size)
+            for fragment, piece in zip(fragments, pieces, strict=True)
+        ]
         await pusher.store(content.number, start, parts)
 
     def _is_memory_short(self) -> bool:

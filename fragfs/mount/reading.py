@@ -67,8 +67,7 @@ class MountReading:
                 self._place = None
         self.held_bytes_max = _held_bytes_max(self._place)
         self._cache = LayeredFragmentCache(
-            library.fragment,
-            library.dependent_count,
+            library.identities,
             MemoryFragmentCache(self.held_bytes_max),
             shared,
         )
@@ -118,7 +117,7 @@ class MountReading:
             )
         self._prefill = Prefill(
             self._fetcher,
-            self._cache.identify,
+            self._cache.identify_all,
             self._pusher,
             self._nursery,
             self._place.bytes_max,

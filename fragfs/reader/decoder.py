@@ -190,8 +190,7 @@ class _Decoder:
         self._library = library
         self._shared = shared
         self._cache = LayeredFragmentCache(
-            library.fragment,
-            library.dependent_count,
+            library.identities,
             MemoryFragmentCache(views_bytes_max),
             shared,
         )
@@ -203,10 +202,12 @@ class _Decoder:
             return Reply(number, Status.FAILED)
 
     def _answer(self, number: int, with_bases: bool) -> Reply:
-        fragment = self._cache.identify(number).id
+        identity = self._cache.identify(number)
+        fragment = identity.id
         if self._shared.holds(fragment):
             return Reply(number, Status.DONE)
-        if not with_bases:
+        # If it has some since it was asked, they are decoded with it.
+        if identity.has_bases and not with_bases:
             missing = self._missing_bases(number)
             if missing:
                 return Reply(number, Status.NEEDS, bases=missing)

@@ -7,7 +7,7 @@ import pytest
 from fragfs.cache.layered import LayeredFragmentCache, leaving_credit_s
 from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.shared import SharedFragmentCache, file_name
-from fragfs.types import FragmentMetadata
+from fragfs.types import FragmentIdentity
 from tests.cache.support import drop, fragment_of, place_at, raw_of
 
 SIZE = 70_000
@@ -16,11 +16,13 @@ BASE = 5
 
 
 def identify(number):
-    return FragmentMetadata(number, fragment_of(raw_of(number, SIZE)), 1, 0, 10, SIZE, 0)
+    return FragmentIdentity(
+        number, fragment_of(raw_of(number, SIZE)), SIZE, has_bases=False, is_base=number == BASE
+    )
 
 
-def dependent_count(number):
-    return 3 if number == BASE else 0
+def identify_all(numbers):
+    return [identify(number) for number in numbers]
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def shared(tmp_path):
 
 
 def layered(shared, views_max=10 * SIZE):
-    return LayeredFragmentCache(identify, dependent_count, MemoryFragmentCache(views_max), shared)
+    return LayeredFragmentCache(identify_all, MemoryFragmentCache(views_max), shared)
 
 
 def test_what_one_process_put_another_gets_and_keeps_as_a_view(shared):
@@ -79,10 +81,14 @@ def test_a_damaged_file_is_a_miss(shared, tmp_path):
 
 
 def test_a_base_costs_more_to_lose_than_a_fragment_and_a_slow_one_more_than_a_fast_one():
-    assert leaving_credit_s(1_000, 1_000, 0) < leaving_credit_s(5_000, 1_000, 0)
-    assert leaving_credit_s(5_000, 1_000, 0) < leaving_credit_s(1_000, 1_000, 1)
-    assert leaving_credit_s(10**12, 1, 0) <= 80
-    assert leaving_credit_s(0, 0, 0) == 0
+    assert leaving_credit_s(1_000, 1_000, is_base=False) < leaving_credit_s(
+        5_000, 1_000, is_base=False
+    )
+    assert leaving_credit_s(5_000, 1_000, is_base=False) < leaving_credit_s(
+        1_000, 1_000, is_base=True
+    )
+    assert leaving_credit_s(10**12, 1, is_base=False) <= 80
+    assert leaving_credit_s(0, 0, is_base=False) == 0
 
 
 def test_what_was_served_leaves_first_then_what_was_not_and_bases_last(shared):
@@ -135,10 +141,12 @@ def test_a_damaged_small_fragment_is_never_held(tmp_path):
     small = 1000
 
     def identify_small(number):
-        return FragmentMetadata(number, fragment_of(raw_of(number, small)), 1, 0, 10, small, 0)
+        return identify(number)._replace(id=fragment_of(raw_of(number, small)), raw_size=small)
 
     shared = SharedFragmentCache(place_at(tmp_path / "place", in_memory=True), check_all=False)
-    cache = LayeredFragmentCache(identify_small, lambda _: 0, MemoryFragmentCache(1 << 20), shared)
+    cache = LayeredFragmentCache(
+        lambda numbers: [*map(identify_small, numbers)], MemoryFragmentCache(1 << 20), shared
+    )
     for number in (1, 2):
         cache.publish(identify_small(number), raw_of(number, small))
     assert cache.get(1) == raw_of(1, small)

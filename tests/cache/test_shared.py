@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -436,6 +437,27 @@ pause()
         child.kill()
     cache.trim(0)
     assert not cache.holds(fragment)
+
+
+def test_who_fills_an_over_full_place_waits_for_who_makes_room(directory):
+    """One that has to wait for a processor; one that was stopped only makes the others slow."""
+    cache = SharedFragmentCache(place_at(directory, 1_000_000))
+    limit = 750_000  # a quarter is for what is held open
+    for number in range(limit // 10_056):
+        put(cache, number)
+    assert 0.9 * limit < bytes_of(directory) <= limit
+    with (directory / ".lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = threading.Timer(0.1, fcntl.flock, (lock, fcntl.LOCK_UN))
+        done.start()
+        put(cache, 1000)
+        assert bytes_of(directory) <= limit
+        done.join()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fragments = [put(cache, number) for number in range(2000, 2010)]
+        assert bytes_of(directory) > limit
+        assert all(map(cache.holds, fragments))
+    cache.close()
 
 
 def test_what_killed_writers_left_is_removed_after_a_while(cache, directory, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 
 from fragfs.codec.predict import Prediction
 from fragfs.codec.predicted import encode_predicted
-from fragfs.errors import FormatError, IntegrityError
+from fragfs.errors import FormatError, IntegrityError, NotFoundError
 from fragfs.library import ingest
 from fragfs.library.add import AddOptions
 from fragfs.library.decode import NO_SOURCE
@@ -465,6 +465,34 @@ def test_records_that_changed_places_are_noticed(family, tmp_path):
             family.decode_fragment(number, NO_SOURCE)
         assert name.short in str(caught.value)
     assert_good(family, "stranger")
+
+
+def test_fragments_are_identified_together(family):
+    base, dependent = base_fragment(family)
+    numbers = [dependent, another(family, base), base, dependent]
+    found = family.identities(numbers)
+    assert [identity.number for identity in found] == numbers
+    for identity in found:
+        metadata = family.fragment(identity.number)
+        assert (identity.id, identity.raw_size) == (metadata.id, metadata.raw_size)
+        assert identity == family.identities([identity.number])[0]
+    assert (found[0].has_bases, found[0].is_base) == (True, False)
+    assert (found[2].has_bases, found[2].is_base) == (False, True)
+    assert family.identities([]) == []
+    with pytest.raises(NotFoundError, match="999999"):
+        family.identities([base, 999_999, dependent])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("id", bytes(31)), ("id", "text"), ("raw_size", -1), ("raw_size", 1 << 40)],
+)
+def test_a_fragment_that_cannot_be_is_not_identified(family, column, value):
+    base, dependent = base_fragment(family)
+    execute(family, (f"UPDATE fragments SET {column} = ? WHERE number = ?", value, base))
+    with pytest.raises(FormatError, match="damaged"):
+        family.identities([dependent, base])
+    assert family.identities([dependent])[0].number == dependent
 
 
 def test_ids_that_changed_places_are_noticed(family):

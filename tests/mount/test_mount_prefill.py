@@ -315,7 +315,7 @@ def test_what_is_held_open_is_within_the_budget(mounts, tmp_path):
     assert [finish(reader) for reader in reading] == [(0, "")] * 3
     assert read_status(report.mountpoint)["cache"]["evictions"] > 0
     # Whoever fills the directory counts what others put there only now and then.
-    assert budget // 2 < max(seen) < budget * 9 // 8
+    assert budget // 2 < max(seen) < budget * 5 // 4
 
 
 # --- removal

@@ -3,6 +3,7 @@
 import trio.testing
 
 from fragfs.mount.prefill import Prefill
+from fragfs.types import FragmentId, FragmentIdentity
 from tests.reader.fakes import content_of, extents_of
 
 MIB = 1 << 20
@@ -36,9 +37,11 @@ class FakePusher:
         self.stored.append((inode, offset))
 
 
-class Metadata:
-    id = bytes(32)
-    raw_size = MIB
+def identify_all(numbers):
+    return [
+        FragmentIdentity(number, FragmentId(bytes(32)), MIB, has_bases=False, is_base=False)
+        for number in numbers
+    ]
 
 
 def touch_all(prefill, content, order):
@@ -48,7 +51,7 @@ def touch_all(prefill, content, order):
 
 async def test_what_is_touched_again_before_it_was_stored_is_stored_once(nursery):
     fetcher, pusher = IdleFetcher(), FakePusher()
-    prefill = Prefill(fetcher, lambda _: Metadata, pusher, nursery, 1 << 30, lambda: 128)
+    prefill = Prefill(fetcher, identify_all, pusher, nursery, 1 << 30, lambda: 128)
     content = content_of(extents_of([MIB] * 200))
     order = [index * 71 % 200 for index in range(1, 200)]  # far from each other, each once
     for _ in range(3):
@@ -71,7 +74,7 @@ async def test_what_is_only_decoded_ahead_is_begun_at_once_and_offered(nursery):
     def offer(number, is_there):
         offered.append((number, is_there))
 
-    prefill = Prefill(fetcher, lambda _: Metadata, None, nursery, 1 << 30, lambda: 128, offer)
+    prefill = Prefill(fetcher, identify_all, None, nursery, 1 << 30, lambda: 128, offer)
     content = content_of(extents_of([MIB] * 20))
     for offset in range(0, MIB, 128 << 10):
         prefill.on_read(content, offset, 128 << 10)
@@ -84,7 +87,7 @@ async def test_what_is_only_decoded_ahead_is_begun_at_once_and_offered(nursery):
 async def test_who_reads_back_to_front_is_decoded_for_in_that_order(nursery):
     """Whether or not there is a front: what is stored is stored front to back."""
     fetcher, pusher = IdleFetcher(), FakePusher()
-    prefill = Prefill(fetcher, lambda _: Metadata, pusher, nursery, 1 << 30, lambda: 128)
+    prefill = Prefill(fetcher, identify_all, pusher, nursery, 1 << 30, lambda: 128)
     content = content_of(extents_of([MIB] * 40))
     for block in range(39, 36, -1):
         fetcher.begun.clear()

@@ -38,7 +38,7 @@ def _nobody(number):
 
 def memory_cache(bytes_max=1 << 20):
     """A cache of one process, without a shared one behind it."""
-    return LayeredFragmentCache(_nobody, _nobody, MemoryFragmentCache(bytes_max), None)
+    return LayeredFragmentCache(_nobody, MemoryFragmentCache(bytes_max), None)
 
 
 def content_of(extents, number=1024):
@@ -166,11 +166,8 @@ class FakeLibrary:
             {n.model for n in self.nodes.values() if isinstance(n, File) and n.content == number}
         )
 
-    def fragment(self, number):
-        raise NotFoundError(f"fragment {number} is only known by number")
-
-    def dependent_count(self, number):
-        return 0
+    def identities(self, numbers):
+        raise NotFoundError(f"fragments {numbers} are only known by number")
 
     def decode_fragment(self, number, source):
         with self._lock:

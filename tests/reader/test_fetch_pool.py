@@ -16,7 +16,7 @@ from fragfs.library.library import FragmentLibrary
 from fragfs.reader.decoder import DecoderOptions, Reply, Status
 from fragfs.reader.fetch import FragmentFetcher
 from fragfs.reader.pool import Decode, DecoderPool
-from fragfs.types import FragmentMetadata
+from fragfs.types import FragmentIdentity
 from tests.cache.support import bytes_of, fragment_of, place_at, raw_of
 from tests.library.test_bases import delta_record, forge
 
@@ -24,7 +24,12 @@ SIZE = 70_000
 
 
 def identify(number):
-    return FragmentMetadata(number, fragment_of(raw_of(number, SIZE)), 1, 0, 10, SIZE, 0)
+    id_ = fragment_of(raw_of(number, SIZE))
+    return FragmentIdentity(number, id_, SIZE, has_bases=False, is_base=False)
+
+
+def identify_all(numbers):
+    return [identify(number) for number in numbers]
 
 
 class ScriptedPool:
@@ -85,7 +90,7 @@ def shared(tmp_path):
 
 @pytest.fixture
 def cache(shared):
-    return LayeredFragmentCache(identify, lambda _: 0, MemoryFragmentCache(10 * SIZE), shared)
+    return LayeredFragmentCache(identify_all, MemoryFragmentCache(10 * SIZE), shared)
 
 
 @pytest.fixture
@@ -395,9 +400,7 @@ class Reading:
         self.library = FragmentLibrary.open(path)
         self.shared = SharedFragmentCache(place)
         views = MemoryFragmentCache(1 << 20)
-        self.cache = LayeredFragmentCache(
-            self.library.fragment, self.library.dependent_count, views, self.shared
-        )
+        self.cache = LayeredFragmentCache(self.library.identities, views, self.shared)
         self.pool = DecoderPool(DecoderOptions(path, place), nursery, 2)
         self.pool.start()
         self.fetcher = FragmentFetcher(
