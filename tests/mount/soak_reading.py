@@ -155,10 +155,13 @@ class _Soak:
         self._pids[index] = report.pid
         status = read_status(point)
         self._cache = status["cache"] and status["cache"]["directory"]
-        self.seen |= {report.pid, *self._helpers(index)}
+        self._helpers(index)
+        self.seen.add(report.pid)
 
     def _helpers(self, index):
         decoders, pusher = helpers_of(self._points[index])
+        # What has ended is forgotten: in ten minutes its number may become another process's.
+        self.seen = {pid for pid in self.seen if is_alive(pid)}
         self.seen |= {*decoders, *([pusher] if pusher else [])}
         return decoders + ([pusher] if pusher else [])
 
