@@ -24,6 +24,7 @@ __all__ = [
     "FileEntry",
     "Fragment",
     "FragmentId",
+    "FragmentIdentity",
     "FragmentMetadata",
     "FragmentType",
     "LayerMapping",

@@ -46,7 +46,7 @@ class LayeredFragmentCache:
         shared: SharedFragmentCache | None,
     ) -> None:
         self._identify_all = identify_all
-        # Half the cost of finding a fragment; what has changed meanwhile costs a decode at worst.
+        # Half the cost of finding a fragment.
         self._identities: dict[int, FragmentIdentity] = {}
         self.held = held
         self.shared = shared
@@ -58,11 +58,16 @@ class LayeredFragmentCache:
             number: The fragment.
             check: Check its bytes now; those that only this process holds nobody can have changed.
         """
+        return self._find(number, self.served_credit_s, check=check)
+
+    def _find(
+        self, number: int, credit_s: Callable[[int], float], *, check: bool
+    ) -> memoryview | FragmentFile | None:
         found = self.held.get(number)
         if self.shared is None:
             return found
         if found is None:
-            return self._find_shared(self.shared, number, check=check)
+            return self._find_shared(self.shared, number, credit_s, check=check)
         if (
             check
             and isinstance(found, FragmentFile)
@@ -73,7 +78,12 @@ class LayeredFragmentCache:
         return found
 
     def _find_shared(
-        self, shared: SharedFragmentCache, number: int, *, check: bool
+        self,
+        shared: SharedFragmentCache,
+        number: int,
+        credit_s: Callable[[int], float],
+        *,
+        check: bool,
     ) -> FragmentFile | None:
         identity = self.identify(number)
         # A small one is not worth a descriptor; once it is copied, nobody could check it any more.
@@ -81,7 +91,7 @@ class LayeredFragmentCache:
         file = shared.get(identity.id, identity.raw_size, check=check or is_small)
         if file is not None:
             self.held.put(number, file.view() if is_small else file)
-            shared.touch(identity.id, self.served_credit_s(number))
+            shared.touch(identity.id, credit_s(number))
         return file
 
     def served_credit_s(self, number: int) -> float:
@@ -89,20 +99,29 @@ class LayeredFragmentCache:
         return _BASE_CREDIT_S if self.identify(number).is_base else _SERVED_CREDIT_S
 
     def get(self, number: int) -> memoryview | None:
-        """The bytes of a fragment to decode with, or None if they have to be decoded.
+        """The bytes of a fragment to decode another with, or None if they have to be decoded.
 
         What anybody could have changed is checked each time: what is decoded from wrong bytes is
         refused, and the blame falls on a pack that is right. That costs a thirtieth of a
         decode: 0.05 ms for a base of 1 MiB just used, 0.1 ms for one that is not in the processor's
         caches, of 1.5 ms for what is predicted from it (bf16, EPYC, 2026-11).
         """
-        found = self.find(number, check=True)
+        found = self._find(number, lambda _: _BASE_CREDIT_S, check=True)
         return found.view() if isinstance(found, FragmentFile) else found
 
+    def forget_identities(self) -> None:
+        """Ask again what fragments are: others may have become bases, or have been given some."""
+        self._identities = {}
+
     def identify(self, number: int) -> FragmentIdentity:
-        """What a fragment is; whether it has bases or is one may be out of date."""
+        """What a fragment is; whether it has bases or is one as of when it was first asked for."""
         identity = self._identities.get(number)
         return identity if identity is not None else self.identify_all((number,))[0]
+
+    def identify_anew(self, number: int) -> FragmentIdentity:
+        """What a fragment is now."""
+        self._identities.pop(number, None)
+        return self.identify_all((number,))[0]
 
     def identify_all(self, numbers: Sequence[int]) -> list[FragmentIdentity]:
         """What some fragments are, in their order: a third of the time of one after the other."""

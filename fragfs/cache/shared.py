@@ -51,6 +51,8 @@ _KEEP_AFTER_TRIM = 0.9
 _RESCANS_PER_BUDGET = 16
 _TRIM_WAIT_S = 0.25
 _TRIM_POLL_S = 0.002
+_IMPATIENT_S = 5.0
+"""For so long nobody waits again for a process that made no room in time: it may be stopped."""
 _CHECK_ONE_IN = 16
 _FULL_S = 2.0
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -182,6 +184,7 @@ class SharedFragmentCache:
         self._bytes_held = 0
         self._put_since_scan = 0
         self._full_until = 0.0
+        self._impatient_until = 0.0
         self._hits = 0
         self._misses = 0
         self._puts = 0
@@ -355,7 +358,9 @@ class SharedFragmentCache:
             is_due = self._put_since_scan * _RESCANS_PER_BUDGET > self._bytes_max
         if is_over:
             # Who makes room may have to wait for a processor: nobody fills it further meanwhile.
-            self.trim(wait_s=_TRIM_WAIT_S)
+            is_patient = time.monotonic() >= self._impatient_until
+            if not self.trim(wait_s=_TRIM_WAIT_S if is_patient else 0.0) and is_patient:
+                self._impatient_until = time.monotonic() + _IMPATIENT_S
         elif is_due:
             self.trim()
         return True
@@ -378,7 +383,7 @@ class SharedFragmentCache:
     def _files_bytes_max(self) -> int:
         return self._bytes_max - held_open(self._bytes_max)
 
-    def trim(self, bytes_max: int | None = None, *, wait_s: float = 0.0) -> None:
+    def trim(self, bytes_max: int | None = None, *, wait_s: float = 0.0) -> bool:
         """Count what the place holds, and remove what is over the budget and what is left over.
 
         Does nothing if another process is at it.
@@ -386,18 +391,23 @@ class SharedFragmentCache:
         Args:
             bytes_max: Trim to this instead.
             wait_s: How long to wait for another process that is at it.
+
+        Returns:
+            False if another process was at it all the time.
         """
         try:
             lock = os.open(
                 os.path.join(self._path, _LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
         except OSError:
-            return  # the directory was deleted: there is nothing to remove
+            return True  # the directory was deleted: there is nothing to remove
         try:
-            if _lock_within(lock, wait_s):
+            is_ours = _lock_within(lock, wait_s)
+            if is_ours:
                 self._trim(bytes_max)
         finally:
             os.close(lock)
+        return is_ours
 
     def _files(self) -> list[tuple[int, int, str]]:
         """(place in the order of leaving, bytes, path) of what is published.

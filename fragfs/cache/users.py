@@ -17,6 +17,8 @@ __all__ = ["USERS_NAME", "begin_use", "end_use", "find_abandoned", "remove_aband
 
 USERS_NAME = ".users"
 _NEW_S = 60.0
+_GONE = "gone-"
+"""Starts the name of what is being removed: nobody uses it, or ever will."""
 
 
 def begin_use(directory: Path) -> int:
@@ -37,9 +39,8 @@ def begin_use(directory: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             # Somebody may have removed the file, with the directory, before the lock was ours.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(directory / USERS_NAME)):
-                    return descriptor
+            if _is_of(descriptor, directory):
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
@@ -55,7 +56,7 @@ def end_use(descriptor: int, directory: Path, *, remove: bool) -> None:
         remove: Whether it is to be removed after its last user.
     """
     try:
-        if remove and _is_alone(descriptor):
+        if remove and _is_alone(descriptor) and _is_of(descriptor, directory):
             _remove(directory)
     finally:
         os.close(descriptor)
@@ -68,7 +69,7 @@ def find_abandoned(parent: Path) -> list[tuple[Path, int]]:
         for entry in entries:
             with contextlib.suppress(OSError):
                 directory = Path(entry.path)
-                if _is_abandoned(directory):
+                if entry.is_dir(follow_symlinks=False) and _is_abandoned(directory):
                     with os.scandir(directory) as files:
                         size = sum(file.stat(follow_symlinks=False).st_size for file in files)
                     found.append((directory, size))
@@ -76,6 +77,8 @@ def find_abandoned(parent: Path) -> list[tuple[Path, int]]:
 
 
 def _is_abandoned(directory: Path) -> bool:
+    if directory.name.startswith(_GONE):
+        return True
     try:
         descriptor = os.open(directory / USERS_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -93,10 +96,15 @@ def remove_abandoned(parent: Path, keep: Path | None = None) -> None:
             if keep is not None and entry.name == keep.name:
                 continue
             with contextlib.suppress(OSError):
-                _remove_if_abandoned(Path(entry.path))
+                if entry.is_dir(follow_symlinks=False):
+                    _remove_if_abandoned(Path(entry.path))
 
 
 def _remove_if_abandoned(directory: Path) -> None:
+    if directory.name.startswith(_GONE):
+        # Whoever began was killed, or is at it: then both are, and what it held is free sooner.
+        shutil.rmtree(directory, ignore_errors=True)
+        return
     try:
         descriptor = os.open(directory / USERS_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -111,12 +119,18 @@ def _remove(directory: Path) -> None:
 
     It goes under another name first: who comes now makes a new one, of which nothing is removed.
     """
-    if directory.is_symlink():
-        return
-    gone = directory.with_name(f"gone-{os.getpid()}-{time.time_ns()}")
+    gone = directory.with_name(f"{_GONE}{os.getpid()}-{time.time_ns()}")
     with contextlib.suppress(OSError):
         directory.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def _is_of(descriptor: int, directory: Path) -> bool:
+    """Whether this is the file of the directory that has the name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(directory / USERS_NAME))
+    except FileNotFoundError:
+        return False
 
 
 def _is_alone(descriptor: int) -> bool:

@@ -274,6 +274,8 @@ class _Daemon:
         return self._library.data_version()
 
     def _copy_known(self) -> list[KnownDirectory]:
+        assert self._reading is not None
+        self._reading.on_change()
         return self._inodes.known_directories()
 
     def _drop_names(self, names: Sequence[StaleName]) -> None:

@@ -397,7 +397,8 @@ class Prefill:
                 return
             turn = indexes[begun : begun + _BEGUN_IN_ONE_TURN]
             numbers = [extents.fragments[index] for index in turn]
-            self._identify_all(numbers)  # whoever asks for one of them now knows it
+            with contextlib.suppress(FragmentError):  # begin those that can be
+                self._identify_all(numbers)  # whoever asks for one of them now knows it
             for number in numbers:
                 is_there = self._fetcher.begin_nowait(number, urgent=False)
                 if self._offer is not None:

@@ -135,6 +135,10 @@ class MountReading:
         if self._cache.shared is not None:
             self._cache.shared.close()
 
+    def on_change(self) -> None:
+        """Note that the catalog has changed."""
+        self._cache.forget_identities()
+
     def open_file(self, content: OpenContent) -> None:
         """A file was opened."""
         if self._front is not None:

@@ -103,7 +103,9 @@ class Stream:
     @property
     def is_block(self) -> bool:
         """Whether it has not gone beyond the block above, so that nothing is planned behind it."""
-        return self.ceiling is not None and self.front <= self.ceiling + _SLACK_BYTES
+        if self.ceiling is None or not self.blocks:
+            return False
+        return self.front <= self.ceiling + _SLACK_BYTES
 
 
 class ReadAhead:

@@ -31,6 +31,7 @@ from fragfs.cache.shared import SharedFragmentCache
 from fragfs.errors import FragmentError
 from fragfs.library.decode import check_this_machine
 from fragfs.library.library import FragmentLibrary
+from fragfs.types import FragmentIdentity
 
 __all__ = ["REPLY", "REQUEST", "DecoderOptions", "Reply", "Status", "die_with_parent", "main"]
 
@@ -46,6 +47,7 @@ _VIEWS_BYTES_MIN = 2 << 20
 _PR_SET_PDEATHSIG = 1
 _NICE = 5
 _IDLE_MS = 2000
+_TYPICAL_NS_PER_BYTE = 1
 
 
 class Status(enum.IntEnum):
@@ -157,8 +159,9 @@ class DecoderOptions:
 class _Timed:
     """The cache as the source of one decode: publishes what was decoded, with what it took."""
 
-    def __init__(self, cache: LayeredFragmentCache) -> None:
+    def __init__(self, cache: LayeredFragmentCache, number: int) -> None:
         self._cache = cache
+        self._number = number
         self._since_ns = time.perf_counter_ns()
         self._start_ns = self._since_ns
         self.decoded = 0
@@ -174,9 +177,16 @@ class _Timed:
         decode_ns = time.perf_counter_ns() - self._since_ns
         self.decoded += 1
         self.decoded_bytes += raw.nbytes
-        self.is_published = self._cache.publish(self._cache.identify(number), raw, decode_ns)
+        fragment = self._cache.identify(number)
+        if number != self._number:
+            fragment = fragment._replace(is_base=True)  # maybe since a moment ago
+        self.is_published = self._cache.publish(fragment, raw, decode_ns)
         self._cache.held.put(number, raw)
         self._since_ns = time.perf_counter_ns()
+
+    def publish_again(self, fragment: FragmentIdentity, raw: memoryview) -> None:
+        """Publish what has left the shared cache, but is at hand here."""
+        self.is_published = self._cache.publish(fragment, raw, raw.nbytes * _TYPICAL_NS_PER_BYTE)
 
     def reply(self, number: int, status: Status, evicted: int) -> Reply:
         elapsed_ns = time.perf_counter_ns() - self._start_ns
@@ -202,7 +212,8 @@ class _Decoder:
             return Reply(number, Status.FAILED)
 
     def _answer(self, number: int, with_bases: bool) -> Reply:
-        identity = self._cache.identify(number)
+        # Nobody tells a decoder of changes: what is asked for again may have become a base since.
+        identity = self._cache.identify_anew(number)
         fragment = identity.id
         if self._shared.holds(fragment):
             return Reply(number, Status.DONE)
@@ -217,9 +228,11 @@ class _Decoder:
             # It may have been published between the first look and the claim.
             if self._shared.holds(fragment):
                 return Reply(number, Status.DONE)
-            source = _Timed(self._cache)
+            source = _Timed(self._cache, number)
             evictions = self._shared.evictions
-            self._library.decode_fragment(number, source)
+            raw = self._library.decode_fragment(number, source)
+            if not source.decoded:
+                source.publish_again(identity, raw)
             status = Status.DONE if source.is_published else Status.FULL
             return source.reply(number, status, self._shared.evictions - evictions)
         finally:

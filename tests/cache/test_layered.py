@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from fragfs.cache import layered as module
 from fragfs.cache.layered import LayeredFragmentCache, leaving_credit_s
 from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.shared import SharedFragmentCache, file_name
@@ -97,13 +98,53 @@ def test_what_was_served_leaves_first_then_what_was_not_and_bases_last(shared):
     for number in (BASE, 1, 2, 3, 4):
         reader.publish(identify(number), raw_of(number, SIZE), decode_ns=SIZE)
     for number in (BASE, 3, 4):
-        assert reader.get(number) is not None
+        assert reader.find(number) is not None
     left = []
     for kept in (4, 3, 2, 1, 0):
         before = [n for n in (BASE, 1, 2, 3, 4) if shared.holds(identify(n).id)]
         shared.trim(int(kept * (SIZE + 56) / 0.9) + 1)
         left += [n for n in before if not shared.holds(identify(n).id)]
     assert left == [3, 4, 1, 2, BASE]
+
+
+@pytest.mark.parametrize("how", ["published as a base", "decoded with since"])
+def test_what_is_decoded_with_stays(shared, how):
+    """Also if it was no base when this process first heard of it."""
+    cache = layered(shared)
+    kept = BASE if how == "published as a base" else 1
+    for number in (kept, 2, 3):
+        cache.publish(identify(number), raw_of(number, SIZE), decode_ns=SIZE)
+    if kept != BASE:
+        assert not cache.identify(kept).is_base
+        assert layered(shared).get(kept) is not None
+    shared.trim(int((SIZE + 56) / 0.9) + 1)
+    assert [n for n in (kept, 2, 3) if shared.holds(identify(n).id)] == [kept]
+
+
+def test_what_fragments_are_is_asked_together_and_once(shared, monkeypatch):
+    asked = []
+
+    def ask(numbers):
+        asked.append([*numbers])
+        return [identify(number)._replace(is_base=len(asked) > 5) for number in numbers]
+
+    monkeypatch.setattr(module, "_IDENTITIES_MAX", 4)
+    cache = LayeredFragmentCache(ask, MemoryFragmentCache(1), shared)
+    assert [found.number for found in cache.identify_all([3, 1, 3])] == [3, 1, 3]
+    assert cache.identify(1) == cache.identify_all([1])[0] == identify(1)
+    assert [found.number for found in cache.identify_all([2, 3, 4])] == [2, 3, 4]
+    assert asked == [[3, 1, 3], [2, 4]]
+    # More than are remembered, of which some are known: all are said, and few are kept.
+    assert [found.number for found in cache.identify_all([9, 1, 8, 7])] == [9, 1, 8, 7]
+    assert asked[2:] == [[9, 8, 7]]
+    assert cache.identify(1).number == 1
+    assert cache.identify(2).number == 2
+    assert asked[3:] == [[2]]
+    cache.forget_identities()
+    assert not cache.identify(2).is_base
+    assert cache.identify_anew(2).is_base
+    assert cache.identify(2).is_base
+    assert asked[4:] == [[2], [2]]
 
 
 def damage(shared, number):

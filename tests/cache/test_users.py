@@ -131,6 +131,30 @@ def test_what_a_new_user_makes_is_not_removed_with_what_the_last_one_left(direct
     assert os.listdir(directory.parent) == []
 
 
+def test_only_what_its_lock_is_of_is_removed(directory):
+    """Somebody deleted the directory, by hand, and another user made it again."""
+    first = begin_use(directory)
+    shutil.rmtree(directory)
+    second = begin_use(directory)
+    (directory / "fragment").write_bytes(b"x")
+    end_use(first, directory, remove=True)
+    assert (directory / "fragment").exists()
+    end_use(second, directory, remove=True)
+    assert not directory.exists()
+
+
+def test_what_a_killed_one_was_removing_is_removed_by_the_next(directory, monkeypatch):
+    user = begin_use(directory)
+    (directory / "fragment").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (path / USERS_NAME).unlink())
+    end_use(user, directory, remove=True)
+    monkeypatch.undo()
+    [left] = directory.parent.iterdir()
+    assert find_abandoned(directory.parent) == [(left, 1000)]
+    remove_abandoned(directory.parent, keep=directory)
+    assert list(directory.parent.iterdir()) == []
+
+
 def make_cache(parent, name, size):
     directory = parent / name
     directory.mkdir()

@@ -495,6 +495,27 @@ def test_a_fragment_that_cannot_be_is_not_identified(family, column, value):
     assert family.identities([dependent])[0].number == dependent
 
 
+def test_a_row_that_has_another_ones_number_is_not_identified(family):
+    """Two rows exchanged their ids on a damaged page: only the index of ids knows better."""
+    base, dependent = base_fragment(family)
+    ids = [family.fragment(number).id for number in (base, dependent)]
+    path = family.path / "catalog.sqlite"
+    execute(family, ("PRAGMA wal_checkpoint(TRUNCATE)",))
+    data = bytearray(path.read_bytes())
+    page_bytes = int.from_bytes(data[16:18], "big")
+    tables = [at for at in range(0, len(data), page_bytes) if data[at] == 0x0D]
+    for at in tables:
+        page = bytes(data[at : at + page_bytes])
+        for one, other in (ids, ids[::-1]):
+            if (found := page.find(one)) >= 0:
+                data[at + found : at + found + 32] = other
+    path.write_bytes(data)
+    with FragmentLibrary.open(family.path) as damaged:
+        for numbers in ([base], [dependent], [dependent, base]):
+            with pytest.raises(FormatError, match="index of ids"):
+                damaged.identities(numbers)
+
+
 def test_ids_that_changed_places_are_noticed(family):
     """The catalog finds the base's id at another fragment's record."""
     base, dependent = base_fragment(family)

@@ -1,7 +1,9 @@
 """What prefill makes of reads, without a kernel: nothing is decoded or stored here."""
 
+import pytest
 import trio.testing
 
+from fragfs.errors import NotFoundError
 from fragfs.mount.prefill import Prefill
 from fragfs.types import FragmentId, FragmentIdentity
 from tests.reader.fakes import content_of, extents_of
@@ -68,13 +70,23 @@ async def test_what_is_touched_again_before_it_was_stored_is_stored_once(nursery
     assert len(pusher.stored) > stores
 
 
-async def test_what_is_only_decoded_ahead_is_begun_at_once_and_offered(nursery):
+@pytest.mark.parametrize("is_damaged", [False, True])
+async def test_what_is_only_decoded_ahead_is_begun_at_once_and_offered(nursery, is_damaged):
+    """They are asked for together; if one of them cannot be, the others are begun all the same."""
     fetcher, offered = IdleFetcher(), []
 
     def offer(number, is_there):
         offered.append((number, is_there))
 
-    prefill = Prefill(fetcher, identify_all, None, nursery, 1 << 30, lambda: 128, offer)
+    asked = []
+
+    def identify(numbers):
+        asked.append(len(numbers))
+        if is_damaged:
+            raise NotFoundError("one of them is not there")
+        return identify_all(numbers)
+
+    prefill = Prefill(fetcher, identify, None, nursery, 1 << 30, lambda: 128, offer)
     content = content_of(extents_of([MIB] * 20))
     for offset in range(0, MIB, 128 << 10):
         prefill.on_read(content, offset, 128 << 10)
@@ -82,12 +94,16 @@ async def test_what_is_only_decoded_ahead_is_begun_at_once_and_offered(nursery):
     assert fetcher.begun
     assert offered == [(number, False) for number in fetcher.begun]
     assert fetcher.begun == sorted(set(fetcher.begun))
+    assert sum(asked) == len(fetcher.begun)
+    assert max(asked) > 2
 
 
-async def test_who_reads_back_to_front_is_decoded_for_in_that_order(nursery):
+@pytest.mark.parametrize("has_front", [True, False])
+async def test_who_reads_back_to_front_is_decoded_for_in_that_order(nursery, has_front):
     """Whether or not there is a front: what is stored is stored front to back."""
     fetcher, pusher = IdleFetcher(), FakePusher()
-    prefill = Prefill(fetcher, identify_all, pusher, nursery, 1 << 30, lambda: 128)
+    offer = (lambda number, is_there: None) if has_front else None
+    prefill = Prefill(fetcher, identify_all, pusher, nursery, 1 << 30, lambda: 128, offer)
     content = content_of(extents_of([MIB] * 40))
     for block in range(39, 36, -1):
         fetcher.begun.clear()

@@ -1,6 +1,7 @@
 """What is planned ahead of readers: the properties that hold whatever the policy is."""
 
 import itertools
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -73,7 +74,7 @@ def test_a_reader_from_front_to_back_is_followed_to_the_end():
     assert len(planned) * PAGE_BYTES > extents.size // 2
 
 
-@pytest.mark.parametrize("block", [64 << 10, 512 << 10, MIB])
+@pytest.mark.parametrize("block", [64 << 10, 512 << 10, MIB, 7 * MIB // 4])
 @pytest.mark.parametrize("stored", [0, 700 << 10])
 def test_a_reader_from_back_to_front_is_followed_to_the_start(block, stored):
     """Also where some of a block is not asked for, because it was stored as its end was touched."""
@@ -86,10 +87,12 @@ def test_a_reader_from_back_to_front_is_followed_to_the_start(block, stored):
             reads += 1
             window = ahead.on_read(offset, min(REQUEST, block))
             if window is not None and window.stream is not None:
-                windows.append(window)
-                # What was read already is behind its reader, however far the request reaches.
-                assert window.stop <= start
-    assert all(window.is_backward for window in windows)
+                if window.is_backward:
+                    windows.append(window)
+                    # What was read already is behind its reader, however far it reaches.
+                    assert window.stop <= start
+                else:
+                    assert start > extents.size - 3 * block  # nobody knows yet where it goes
     assert windows[-1].start == 0
     for window, below in itertools.pairwise(windows):
         assert below.stop == window.start
@@ -134,6 +137,56 @@ def test_random_touches_grow_no_windows():
         offset = (index * 7919 % 125) * 4 * MIB + 2 * MIB
         window = ahead.on_read(offset, 4096)
         assert window is None or window.stop - window.start <= MIB
+
+
+@pytest.mark.parametrize(("size", "limit"), [(16, 64), (64, 32), (1024, 0)])
+def test_touches_anywhere_are_rarely_taken_for_a_reader_from_back_to_front(size, limit):
+    """In a small file many are near each other, one below the other; but then it has little."""
+    extents = file_of(4096, [size * MIB])
+    random, planned = Random(size), 0
+    ahead = ReadAhead(extents)
+    for _ in range(400):
+        window = ahead.on_read(random.randrange(size * MIB) // PAGE_BYTES * PAGE_BYTES, 4096)
+        if window is not None and window.is_backward:
+            planned += window.stop - window.start
+    assert planned <= limit * MIB
+
+
+@pytest.mark.parametrize("beside", ["one who goes on", "another back to front", "touches"])
+def test_a_reader_from_back_to_front_is_followed_beside_others(beside):
+    extents = file_of(5000, [400 * MIB])
+    ahead, random, planned = ReadAhead(extents), Random(1), set()
+    others = {
+        "one who goes on": (250 * MIB + REQUEST * index for index in itertools.count()),
+        "another back to front": (390 * MIB - REQUEST * index for index in itertools.count()),
+        "touches": (random.randrange(250, 400) * MIB for _ in itertools.count()),
+    }[beside]
+    for block in range(199, 99, -1):
+        for offset in range(0, MIB, REQUEST):
+            windows = [ahead.on_read(block * MIB + offset, REQUEST)]
+            windows.append(ahead.on_read(next(others), REQUEST))
+            for window in windows:
+                if window is not None and window.is_backward:
+                    planned |= set(range(window.start // MIB, window.stop // MIB))
+    assert len(planned & set(range(100, 200))) > 90
+
+
+def test_threads_that_take_blocks_from_back_to_front_are_planned_for():
+    """No block is whole when the next one begins, and none is the last that was read."""
+    block, threads = 2 * MIB, 3
+    extents = file_of(5000, [512 * MIB])
+    ahead, planned, covered, reads = ReadAhead(extents), set(), 0, 0
+    for top in range(extents.size // block - 1, threads, -threads):
+        for offset in range(0, block, REQUEST):
+            for number in range(top, top - threads, -1):
+                at = number * block + offset
+                reads += 1
+                covered += at // PAGE_BYTES in planned
+                window = ahead.on_read(at, REQUEST)
+                if window is not None:
+                    pages = range(window.start // PAGE_BYTES, window.stop // PAGE_BYTES)
+                    planned.update(pages)
+    assert covered > 0.85 * reads
 
 
 READS = st.lists(

@@ -6,13 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from fragfs.cache.shared import SharedFragmentCache, file_name
+from fragfs.library.library import FragmentLibrary
 from fragfs.reader.decoder import REPLY, REQUEST, DecoderOptions, Reply, Status
 from fragfs.reader.pool import start_decoder
 from tests.cache.support import Child, get, place_at
+from tests.library.test_bases import CONFIG, add, base_weights, tuned, write_model
 from tests.mount.support import is_alive, wait_until
 
 pytestmark = pytest.mark.slow
@@ -93,6 +96,48 @@ def test_missing_bases_are_named_or_decoded_too(decoder, shared_family, cache):
     assert cache.holds(shared_family.ids[reply.bases[0] if reply.bases else number])
     for base in shared_family.bases[number]:
         assert cache.get(shared_family.ids[base], len(shared_family.raws[base]))
+
+
+def test_what_has_left_the_cache_but_is_at_hand_is_published_again(
+    decoder, shared_family, cache, directory
+):
+    number = shared_family.plain[0]
+    assert decoder.ask(number).decoded == 1
+    (directory / file_name(shared_family.ids[number])).unlink()
+    again = decoder.ask(number)
+    assert (again.status, again.decoded) == (Status.DONE, 0)
+    raw = shared_family.raws[number]
+    assert get(cache, shared_family.ids[number], len(raw)) == raw
+
+
+def test_what_has_become_a_base_since_stays_in_the_cache(tmp_path, directory, cache):
+    """The decoder knew the fragment before anything was predicted from it."""
+    weights = base_weights()
+    with FragmentLibrary.create(tmp_path / "library", CONFIG) as library:
+        add(library, write_model(tmp_path / "base", weights))
+        numbers = range(1, library.stats().fragment_count + 1)
+        decoder = Decoder(library.path, place_at(directory))
+        try:
+            assert {decoder.ask(number).status for number in numbers} == {Status.DONE}
+            add(library, write_model(tmp_path / "tuned", tuned(weights, 1)))
+            found = library.identities(range(1, library.stats().fragment_count + 1))
+            predicted = next(identity for identity in found if identity.has_bases)
+            [base] = library.bases(predicted.number)
+            path = directory / file_name(library.fragment(base).id)
+            assert path.stat().st_mtime < time.time() + 100
+            # Another process than the one that decoded it, so that it holds no view of it.
+            other = Decoder(library.path, place_at(directory))
+            try:
+                assert other.ask(predicted.number).status is Status.DONE
+            finally:
+                other.close()
+            assert path.stat().st_mtime > time.time() + 300
+            # Decoded again by the first one, it counts as what it is now.
+            path.unlink()
+            assert decoder.ask(base).status is Status.DONE
+            assert path.stat().st_mtime > time.time() + 300
+        finally:
+            decoder.close()
 
 
 def test_what_another_process_decodes_is_busy_until_that_ends(decoder, shared_family, cache):
