@@ -338,9 +338,14 @@ class Prefill:
         """Note a read that was asked for; never waits."""
         followed = self._followed.get(content.number)
         if followed is None:
-            ahead = ReadAhead(content.extents, window_bytes_max=self._window_bytes_max)
+            read_ahead_bytes = (self._read_ahead_kb() or 0) << 10
+            ahead = ReadAhead(
+                content.extents,
+                window_bytes_max=self._window_bytes_max,
+                touch_bytes_max=max(read_ahead_bytes, TRIPWIRE_BYTES),
+            )
             # The kernel begins with narrow requests; what is stored then keeps them narrow.
-            is_storing = (self._read_ahead_kb() or 0) << 10 < _WIDE_BYTES
+            is_storing = read_ahead_bytes < _WIDE_BYTES
             followed = _Followed(content, ahead, is_storing)
             self._followed[content.number] = followed
             while len(self._followed) > _CONTENTS_MAX:

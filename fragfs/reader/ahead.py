@@ -116,6 +116,8 @@ class ReadAhead:
         window_bytes_min: The first window of a stream.
         window_bytes_max: The largest one.
         gap_bytes: How far beyond a read a window starts: the kernel has asked for that already.
+        touch_bytes_max: What the kernel reads around a page that is touched; who has read more has
+            gone on.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class ReadAhead:
         window_bytes_min: int = 4 << 20,
         window_bytes_max: int = 64 << 20,
         gap_bytes: int = 256 << 10,
+        touch_bytes_max: int = 128 << 10,
     ) -> None:
         self._extents = extents
         self._size = extents.size
@@ -135,6 +138,7 @@ class ReadAhead:
         self._window_bytes_min = min(window_bytes_min, window_bytes_max)
         self._window_bytes_max = window_bytes_max
         self._gap_bytes = gap_bytes
+        self._touch_bytes_max = touch_bytes_max
         self._streams: list[Stream] = []
         self._touches: dict[int, None] = {}
 
@@ -195,6 +199,8 @@ class ReadAhead:
         begins = offset <= start or offset < start + _TENSOR_START_BYTES
         if begins and stop - start >= _TENSOR_BYTES_MIN:
             return self._plan(stream, end)
+        if end - offset > self._touch_bytes_max:
+            return self._plan(stream, end + self._gap_bytes)
         return self._touched((offset + end) // 2)
 
     def _look_above(self, stream: Stream) -> None:

@@ -130,6 +130,17 @@ def test_a_read_in_the_middle_touches_its_fragment_and_no_more():
         assert extent.offset <= window.start < window.stop <= extent.offset + extent.size
 
 
+@pytest.mark.parametrize("touch", [128 << 10, 512 << 10])
+def test_who_has_read_more_than_the_kernel_reads_around_a_page_has_gone_on(touch):
+    """Reads that follow each other may be told of as one: of a thread that began in the middle."""
+    extents = file_of(4096, [64 * MIB])
+    window = ReadAhead(extents, touch_bytes_max=touch).on_read(9 * MIB, touch)
+    assert window.stream is None
+    window = ReadAhead(extents, touch_bytes_max=touch).on_read(9 * MIB, touch + PAGE_BYTES)
+    assert window.stream is not None
+    assert window.start >= 9 * MIB + touch
+
+
 def test_random_touches_grow_no_windows():
     extents = file_of(4096, [512 * MIB])
     ahead = ReadAhead(extents)
