@@ -109,7 +109,7 @@ class LayeredFragmentCache:
         found = self._find(number, lambda _: _BASE_CREDIT_S, check=True)
         return found.view() if isinstance(found, FragmentFile) else found
 
-    def forget_identities(self) -> None:
+    def drop_identities(self) -> None:
         """Ask again what fragments are: others may have become bases, or have been given some."""
         self._identities = {}
 

@@ -137,7 +137,7 @@ class MountReading:
 
     def on_change(self) -> None:
         """Note that the catalog has changed."""
-        self._cache.forget_identities()
+        self._cache.drop_identities()
 
     def open_file(self, content: OpenContent) -> None:
         """A file was opened."""

@@ -140,7 +140,7 @@ def test_what_fragments_are_is_asked_together_and_once(shared, monkeypatch):
     assert cache.identify(1).number == 1
     assert cache.identify(2).number == 2
     assert asked[3:] == [[2]]
-    cache.forget_identities()
+    cache.drop_identities()
     assert not cache.identify(2).is_base
     assert cache.identify_anew(2).is_base
     assert cache.identify(2).is_base

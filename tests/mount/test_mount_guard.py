@@ -241,6 +241,7 @@ def test_an_idle_mount_is_dead_afterwards_not_gone(scene):
         os.close(open_control(scene.entry, "abort"))
     except OSError as error:
         pytest.skip(f"no control file system: {error}")
+    os.kill(scene.report.pid, signal.SIGSTOP)  # it would detach the mount itself
     assert abort_connection(scene.entry)
     assert is_mounted(scene.entry)
     with pytest.raises(OSError, match="Transport endpoint") as caught:
