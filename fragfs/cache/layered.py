@@ -46,7 +46,7 @@ class LayeredFragmentCache:
         shared: SharedFragmentCache | None,
     ) -> None:
         self._identify_all = identify_all
-        # Half the cost of finding a fragment.
+        # To ask each time would be half the cost of finding a fragment.
         self._identities: dict[int, FragmentIdentity] = {}
         self.held = held
         self.shared = shared
@@ -58,16 +58,14 @@ class LayeredFragmentCache:
             number: The fragment.
             check: Check its bytes now; those that only this process holds nobody can have changed.
         """
-        return self._find(number, self.served_credit_s, check=check)
+        return self._find(number, check=check, is_base=False)
 
-    def _find(
-        self, number: int, credit_s: Callable[[int], float], *, check: bool
-    ) -> memoryview | FragmentFile | None:
+    def _find(self, number: int, *, check: bool, is_base: bool) -> memoryview | FragmentFile | None:
         found = self.held.get(number)
         if self.shared is None:
             return found
         if found is None:
-            return self._find_shared(self.shared, number, credit_s, check=check)
+            return self._find_shared(self.shared, number, check=check, is_base=is_base)
         if (
             check
             and isinstance(found, FragmentFile)
@@ -78,12 +76,7 @@ class LayeredFragmentCache:
         return found
 
     def _find_shared(
-        self,
-        shared: SharedFragmentCache,
-        number: int,
-        credit_s: Callable[[int], float],
-        *,
-        check: bool,
+        self, shared: SharedFragmentCache, number: int, *, check: bool, is_base: bool
     ) -> FragmentFile | None:
         identity = self.identify(number)
         # A small one is not worth a descriptor; once it is copied, nobody could check it any more.
@@ -91,7 +84,7 @@ class LayeredFragmentCache:
         file = shared.get(identity.id, identity.raw_size, check=check or is_small)
         if file is not None:
             self.held.put(number, file.view() if is_small else file)
-            shared.touch(identity.id, credit_s(number))
+            shared.touch(identity.id, _BASE_CREDIT_S if is_base else self.served_credit_s(number))
         return file
 
     def served_credit_s(self, number: int) -> float:
@@ -106,7 +99,8 @@ class LayeredFragmentCache:
         decode: 0.05 ms for a base of 1 MiB just used, 0.1 ms for one that is not in the processor's
         caches, of 1.5 ms for what is predicted from it (bf16, EPYC, 2026-11).
         """
-        found = self._find(number, lambda _: _BASE_CREDIT_S, check=True)
+        # Whoever asks for one decodes with it, whether or not that is known here.
+        found = self._find(number, check=True, is_base=True)
         return found.view() if isinstance(found, FragmentFile) else found
 
     def drop_identities(self) -> None:
@@ -147,15 +141,19 @@ class LayeredFragmentCache:
         if self.shared is not None:
             self.publish(self.identify(number), raw)
 
-    def publish(self, fragment: FragmentIdentity, raw: memoryview, decode_ns: int = 0) -> bool:
+    def publish(
+        self, fragment: FragmentIdentity, raw: memoryview, decode_ns: int | None = None
+    ) -> bool:
         """Put a fragment where all processes find it; False if there is no room for it.
 
         Args:
             fragment: What it is.
             raw: All its bytes, checked.
-            decode_ns: What its decode took, bases not included.
+            decode_ns: What its decode took, bases not included; None if nobody knows.
         """
         if self.shared is None:
             return False
+        if decode_ns is None:
+            decode_ns = int(raw.nbytes * _TYPICAL_NS_PER_BYTE)
         credit_s = leaving_credit_s(decode_ns, fragment.raw_size, is_base=fragment.is_base)
         return self.shared.put(fragment.id, raw, credit_s)

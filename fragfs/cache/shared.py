@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import xxhash
 
 from fragfs.cache.place import CachePlace, held_open, measure_budget
-from fragfs.cache.users import USERS_NAME, begin_use, end_use
+from fragfs.cache.users import USERS_NAME, begin_use, end_use, lock_alone
 from fragfs.errors import FragmentError, StorageError
 from fragfs.types import FragmentId
 
@@ -50,7 +50,6 @@ _TEMPORARY_S_MAX = 60.0
 _KEEP_AFTER_TRIM = 0.9
 _RESCANS_PER_BUDGET = 16
 _TRIM_WAIT_S = 0.25
-_TRIM_POLL_S = 0.002
 _IMPATIENT_S = 5.0
 """For so long nobody waits again for a process that made no room in time: it may be stopped."""
 _CHECK_ONE_IN = 16
@@ -402,7 +401,7 @@ class SharedFragmentCache:
         except OSError:
             return True  # the directory was deleted: there is nothing to remove
         try:
-            is_ours = _lock_within(lock, wait_s)
+            is_ours = lock_alone(lock, wait_s)
             if is_ours:
                 self._trim(bytes_max)
         finally:
@@ -487,20 +486,6 @@ class SharedFragmentCache:
             evictions=self.evictions,
             damaged=self._damaged,
         )
-
-
-def _lock_within(descriptor: int, wait_s: float) -> bool:
-    """Whether an exclusive flock could be had in time."""
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_TRIM_POLL_S)
-        else:
-            return True
 
 
 def _lock_of(kind: int, fragment: FragmentId) -> bytes:

@@ -13,10 +13,18 @@ import shutil
 import time
 from pathlib import Path
 
-__all__ = ["USERS_NAME", "begin_use", "end_use", "find_abandoned", "remove_abandoned"]
+__all__ = [
+    "USERS_NAME",
+    "begin_use",
+    "end_use",
+    "find_abandoned",
+    "lock_alone",
+    "remove_abandoned",
+]
 
 USERS_NAME = ".users"
 _NEW_S = 60.0
+_POLL_S = 0.002
 _GONE = "gone-"
 """Starts the name of what is being removed: nobody uses it, or ever will."""
 
@@ -56,7 +64,7 @@ def end_use(descriptor: int, directory: Path, *, remove: bool) -> None:
         remove: Whether it is to be removed after its last user.
     """
     try:
-        if remove and _is_alone(descriptor) and _is_of(descriptor, directory):
+        if remove and lock_alone(descriptor) and _is_of(descriptor, directory):
             _remove(directory)
     finally:
         os.close(descriptor)
@@ -84,7 +92,7 @@ def _is_abandoned(directory: Path) -> bool:
     except FileNotFoundError:
         return time.time() - directory.lstat().st_mtime > _NEW_S
     try:
-        return _is_alone(descriptor)
+        return lock_alone(descriptor)
     finally:
         os.close(descriptor)
 
@@ -133,9 +141,22 @@ def _is_of(descriptor: int, directory: Path) -> bool:
         return False
 
 
-def _is_alone(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def lock_alone(descriptor: int, wait_s: float = 0.0) -> bool:
+    """Whether an exclusive flock could be had in time.
+
+    Args:
+        descriptor: Of the file.
+        wait_s: How long to wait for others who have locked it.
+    """
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(_POLL_S)
+        except OSError:
+            return False
+        else:
+            return True

@@ -252,7 +252,7 @@ class _Daemon:
         watcher = CatalogWatcher(
             self._tree,
             self._look_at_library,
-            lambda: trio.from_thread.run_sync(self._copy_known),
+            lambda: trio.from_thread.run_sync(self._on_change),
             lambda names: trio.from_thread.run_sync(self._drop_names, names),
             DeviceNotifier(self._device),
             lease,
@@ -273,7 +273,8 @@ class _Daemon:
         self._library.close_removed_packs()
         return self._library.data_version()
 
-    def _copy_known(self) -> list[KnownDirectory]:
+    def _on_change(self) -> list[KnownDirectory]:
+        """Have what is remembered of the catalog asked again; returns the names the kernel has."""
         assert self._reading is not None
         self._reading.on_change()
         return self._inodes.known_directories()

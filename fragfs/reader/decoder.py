@@ -47,7 +47,6 @@ _VIEWS_BYTES_MIN = 2 << 20
 _PR_SET_PDEATHSIG = 1
 _NICE = 5
 _IDLE_MS = 2000
-_TYPICAL_NS_PER_BYTE = 1
 
 
 class Status(enum.IntEnum):
@@ -159,9 +158,9 @@ class DecoderOptions:
 class _Timed:
     """The cache as the source of one decode: publishes what was decoded, with what it took."""
 
-    def __init__(self, cache: LayeredFragmentCache, number: int) -> None:
+    def __init__(self, cache: LayeredFragmentCache, fragment: FragmentIdentity) -> None:
         self._cache = cache
-        self._number = number
+        self._fragment = fragment
         self._since_ns = time.perf_counter_ns()
         self._start_ns = self._since_ns
         self.decoded = 0
@@ -177,16 +176,12 @@ class _Timed:
         decode_ns = time.perf_counter_ns() - self._since_ns
         self.decoded += 1
         self.decoded_bytes += raw.nbytes
-        fragment = self._cache.identify(number)
-        if number != self._number:
-            fragment = fragment._replace(is_base=True)  # maybe since a moment ago
+        fragment = self._fragment
+        if number != fragment.number:
+            fragment = self._cache.identify(number)._replace(is_base=True)
         self.is_published = self._cache.publish(fragment, raw, decode_ns)
         self._cache.held.put(number, raw)
         self._since_ns = time.perf_counter_ns()
-
-    def publish_again(self, fragment: FragmentIdentity, raw: memoryview) -> None:
-        """Publish what has left the shared cache, but is at hand here."""
-        self.is_published = self._cache.publish(fragment, raw, raw.nbytes * _TYPICAL_NS_PER_BYTE)
 
     def reply(self, number: int, status: Status, evicted: int) -> Reply:
         elapsed_ns = time.perf_counter_ns() - self._start_ns
@@ -228,12 +223,13 @@ class _Decoder:
             # It may have been published between the first look and the claim.
             if self._shared.holds(fragment):
                 return Reply(number, Status.DONE)
-            source = _Timed(self._cache, number)
+            source = _Timed(self._cache, identity)
             evictions = self._shared.evictions
             raw = self._library.decode_fragment(number, source)
-            if not source.decoded:
-                source.publish_again(identity, raw)
-            status = Status.DONE if source.is_published else Status.FULL
+            is_published = source.is_published
+            if not source.decoded:  # it has left the shared cache, but is at hand here
+                is_published = self._cache.publish(identity, raw)
+            status = Status.DONE if is_published else Status.FULL
             return source.reply(number, status, self._shared.evictions - evictions)
         finally:
             self._shared.release(fragment)
