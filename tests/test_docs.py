@@ -12,8 +12,8 @@ import click
 import pytest
 
 import fragfs
+from fragfs.cli.diagnosing import LOADERS
 from fragfs.cli.main import COMMANDS, cli
-from fragfs.mount.findings import LOADERS
 from fragfs.types import Level, LibraryConfig
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.shared import FragmentFile, SharedFragmentCache
-from fragfs.types import FragmentIdentity
+from fragfs.types import Fragment, FragmentIdentity
 
 __all__ = ["LayeredFragmentCache", "leaving_credit_s"]
 
@@ -112,10 +112,11 @@ class LayeredFragmentCache:
         identity = self._identities.get(number)
         return identity if identity is not None else self.identify_all((number,))[0]
 
-    def identify_anew(self, number: int) -> FragmentIdentity:
-        """What a fragment is now."""
-        self._identities.pop(number, None)
-        return self.identify_all((number,))[0]
+    def note_identity(self, fragment: FragmentIdentity) -> None:
+        """Learn what a fragment is from somebody who knows."""
+        if len(self._identities) >= _IDENTITIES_MAX:
+            self._identities = {}
+        self._identities[fragment.number] = fragment
 
     def identify_all(self, numbers: Sequence[int]) -> list[FragmentIdentity]:
         """What some fragments are, in their order: a third of the time of one after the other."""
@@ -135,20 +136,26 @@ class LayeredFragmentCache:
             return True
         return self.shared is not None and self.shared.holds(self.identify(number).id)
 
-    def put(self, number: int, raw: memoryview) -> None:
+    def put(self, number: int, raw: memoryview, record: Fragment | None = None) -> None:
         """Keep the bytes of a fragment, for this process and, if there is room, for all."""
         self.held.put(number, raw)
         if self.shared is not None:
-            self.publish(self.identify(number), raw)
+            self.publish(self.identify(number), raw, record)
 
     def publish(
-        self, fragment: FragmentIdentity, raw: memoryview, decode_ns: int | None = None
+        self,
+        fragment: FragmentIdentity,
+        raw: memoryview,
+        record: Fragment | None = None,
+        *,
+        decode_ns: int | None = None,
     ) -> bool:
         """Put a fragment where all processes find it; False if there is no room for it.
 
         Args:
             fragment: What it is.
             raw: All its bytes, checked.
+            record: What they were decoded from, whose id and checksum are right in any case.
             decode_ns: What its decode took, bases not included; None if nobody knows.
         """
         if self.shared is None:
@@ -156,4 +163,6 @@ class LayeredFragmentCache:
         if decode_ns is None:
             decode_ns = int(raw.nbytes * _TYPICAL_NS_PER_BYTE)
         credit_s = leaving_credit_s(decode_ns, fragment.raw_size, is_base=fragment.is_base)
-        return self.shared.put(fragment.id, raw, credit_s)
+        if record is None:
+            return self.shared.put(fragment.id, raw, credit_s)
+        return self.shared.put(record.id, raw, credit_s, record.raw_checksum)

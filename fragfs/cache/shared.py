@@ -317,13 +317,20 @@ class SharedFragmentCache:
 
     # --- filling
 
-    def put(self, fragment: FragmentId, raw: memoryview, credit_s: float = 0.0) -> bool:
+    def put(
+        self,
+        fragment: FragmentId,
+        raw: memoryview,
+        credit_s: float = 0.0,
+        checksum: int | None = None,
+    ) -> bool:
         """Publish the bytes of a fragment, which the caller has checked.
 
         Args:
             fragment: Its id.
             raw: All its bytes.
             credit_s: See `touch`.
+            checksum: XXH3-64 of the bytes, if the caller knows.
 
         Returns:
             False if there is no room for it.
@@ -332,7 +339,9 @@ class SharedFragmentCache:
         if size > self._files_bytes_max or time.monotonic() < self._full_until:
             self._refused += 1
             return False
-        footer = FOOTER.pack(MAGIC, raw.nbytes, xxhash.xxh3_64_intdigest(raw), bytes(fragment))
+        if checksum is None:
+            checksum = xxhash.xxh3_64_intdigest(raw)
+        footer = FOOTER.pack(MAGIC, raw.nbytes, checksum, bytes(fragment))
         name = file_name(fragment)
         temporary = os.path.join(
             self._path, f"{_TEMPORARY}{name}-{os.getpid()}-{threading.get_ident()}"

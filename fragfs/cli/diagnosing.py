@@ -25,7 +25,23 @@ if TYPE_CHECKING:
     from fragfs.mount.doctor import Diagnosis, Repair
     from fragfs.mount.findings import Finding, MountFacts
 
-__all__ = ["doctor_command"]
+__all__ = ["LOADERS", "doctor_command"]
+
+LOADERS = (
+    ("vLLM", "--safetensors-load-strategy=prefetch", "it does not detect fragfs by itself"),
+    (
+        "SGLang",
+        "--weight-loader-prefetch-checkpoints",
+        "or --weight-loader-disable-mmap: whole reads instead of page by page",
+    ),
+    ("transformers, diffusers", "disable_mmap=True", "if the first load is slow"),
+    ("llama.cpp", "mapped, the default, or without mmap", "not direct I/O"),
+    ("ComfyUI", "nothing", "'fragfs warm MODEL' before a large workflow"),
+    ("AUTOMATIC1111", "reading checkpoints without memory mapping", "an option of its settings"),
+    ("fastsafetensors", "FASTSAFETENSORS_ODIRECT=0", "so that the page cache is used"),
+    ("any", "fragfs warm MODEL", "a second read never reaches fragfs"),
+)
+"""(loader, what to tell it, remark)."""
 
 
 @click.command(
@@ -51,15 +67,15 @@ def doctor_command(
 
     Each finding is "ok", "advice" (it works, and could be better) or "problem"; with --quiet, only
     the latter two are shown. --fix clears dead mounts, raises the kernel's read-ahead and
-    background requests as far as you may, and, without MOUNTPOINT, removes fragment caches that
-    nobody uses. Exits with 1 if a problem is left.
+    background requests as far as you may, and, without MOUNTPOINT, has shared memory use large
+    pages and removes fragment caches that nobody uses. Exits with 1 if a problem is left.
     """
     from fragfs.mount.doctor import diagnose, find_entries, repair
 
     diagnosis = diagnose(find_entries(mountpoint))
     repairs: list[Repair] = []
     if fix:
-        repairs = repair(diagnosis, caches=mountpoint is None)
+        repairs = repair(diagnosis, machine=mountpoint is None)
         if repairs:
             # One that was named and cleared is no more.
             diagnosis = diagnose([] if _is_gone(diagnosis) else find_entries(mountpoint))
@@ -120,16 +136,12 @@ def _lines(findings: Sequence[Finding]) -> list[str]:
 
 
 def _show_loaders() -> None:
-    from fragfs.mount.findings import LOADERS
-
     say("what to tell loaders")
     for line in format_table(LOADERS, "lll"):
         say(f"  {line}")
 
 
 def _as_json(diagnosis: Diagnosis, repairs: Sequence[Repair]) -> dict[str, object]:
-    from fragfs.mount.findings import LOADERS
-
     system = dataclasses.asdict(diagnosis.system)
     system["abandoned"] = [
         {"directory": os.fspath(directory), "bytes": size}

@@ -26,15 +26,21 @@ class DecodedSource(Protocol):
     def get(self, number: int) -> memoryview | None:
         """The raw bytes of a fragment, read-only, or None."""
 
-    def put(self, number: int, raw: memoryview) -> None:
-        """Offer decoded bytes for keeping; they must never be changed afterwards."""
+    def put(self, number: int, raw: memoryview, record: Fragment | None = None) -> None:
+        """Offer decoded bytes for keeping; they must never be changed afterwards.
+
+        Args:
+            number: The fragment's number in the catalog.
+            raw: All its bytes.
+            record: What they were decoded from, if they just were: they have its checksum.
+        """
 
 
 class _NoSource:
     def get(self, number: int) -> memoryview | None:
         return None
 
-    def put(self, number: int, raw: memoryview) -> None:
+    def put(self, number: int, raw: memoryview, record: Fragment | None = None) -> None:
         return None
 
 
@@ -189,7 +195,7 @@ class FragmentDecoder:
             self.read_record(metadata)
             raise
         decoded[metadata.number] = raw
-        source.put(metadata.number, raw)
+        source.put(metadata.number, raw, fragment)
         return raw
 
     def _base(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
+from fragfs.types import Fragment
+
 __all__ = ["RecentFragments"]
 
 
@@ -32,7 +34,7 @@ class RecentFragments:
                 self._fragments.move_to_end(number)
             return raw
 
-    def put(self, number: int, raw: memoryview) -> None:
+    def put(self, number: int, raw: memoryview, record: Fragment | None = None) -> None:
         """Hold the raw bytes of a fragment, which must never change."""
         with self._lock:
             previous = self._fragments.pop(number, None)

@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from fragfs.errors import FragmentError, NotFoundError
 from fragfs.library.version import read_format_version
 from fragfs.mount.findings import (
     BACKGROUND_WANTED,
+    LARGE_PAGES,
     Finding,
     MountFacts,
     Severity,
@@ -184,7 +186,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def repair(
-    diagnosis: Diagnosis, *, caches: bool = True, shared_memory: Path = SHARED_MEMORY
+    diagnosis: Diagnosis, *, machine: bool = True, shared_memory: Path = SHARED_MEMORY
 ) -> list[Repair]:
     """Do what this user may: clear dead mounts, raise limits of the kernel, remove what is left.
 
@@ -192,7 +194,8 @@ def repair(
 
     Args:
         diagnosis: What was found.
-        caches: Also remove the fragment caches that nobody uses.
+        machine: Also what is no mount's own: have shared memory use large pages, and remove the
+            fragment caches that nobody uses.
         shared_memory: Where those are.
     """
     done = []
@@ -210,7 +213,9 @@ def repair(
             threshold = BACKGROUND_WANTED * 3 // 4
             text = f"where read-ahead of {place} pauses: at {threshold} requests"
             done.append(_write(facts.entry.control / "congestion_threshold", threshold, text))
-    if caches and diagnosis.system.abandoned:
+    if machine and diagnosis.system.shared_small_pages:
+        done.append(_enlarge_pages(shared_memory))
+    if machine and diagnosis.system.abandoned:
         remove_abandoned(user_directory(shared_memory))
         done += (
             Repair(
@@ -228,6 +233,25 @@ def _clear(entry: MountEntry) -> Repair:
         detach(entry)
     except FragmentError as error:
         return Repair(text, str(error))
+    return Repair(text)
+
+
+def _enlarge_pages(place: Path) -> Repair:
+    """Have a tmpfs hold what is written from now on in large pages; its other options stay."""
+    text = f"large pages for {place}, until the next boot"
+    try:
+        done = subprocess.run(
+            ["mount", "-o", f"remount,{LARGE_PAGES}", place],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            env={"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+        )
+    except OSError as error:
+        return Repair(text, f"mount: {error.strerror}")
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["mount failed"]
+        return Repair(text, f"{said[0]}; root may do it")
     return Repair(text)
 
 

@@ -21,7 +21,7 @@ from fragfs.types import LIBRARY_FORMAT_VERSION
 
 __all__ = [
     "BACKGROUND_WANTED",
-    "LOADERS",
+    "LARGE_PAGES",
     "READ_AHEAD_DEFAULT_KB",
     "Finding",
     "MountFacts",
@@ -34,28 +34,15 @@ __all__ = [
 ]
 
 READ_AHEAD_DEFAULT_KB = 128
+LARGE_PAGES = "huge=within_size"
+"""Mount option of a tmpfs: pages as large as what is written, and never larger."""
+
 BACKGROUND_WANTED = 64
 
 _MEMORY_BYTES_MIN = 256 << 20
 """Below this, nothing is stored ahead of readers (`prefill`)."""
 
 _CACHE_BYTES_SMALL = 256 << 20
-
-LOADERS = (
-    ("vLLM", "--safetensors-load-strategy=prefetch", "it does not detect fragfs by itself"),
-    (
-        "SGLang",
-        "--weight-loader-prefetch-checkpoints",
-        "or --weight-loader-disable-mmap: whole reads instead of page by page",
-    ),
-    ("transformers, diffusers", "disable_mmap=True", "if the first load is slow"),
-    ("llama.cpp", "mapped, the default, or without mmap", "not direct I/O"),
-    ("ComfyUI", "nothing", "'fragfs warm MODEL' before a large workflow"),
-    ("AUTOMATIC1111", "reading checkpoints without memory mapping", "an option of its settings"),
-    ("fastsafetensors", "FASTSAFETENSORS_ODIRECT=0", "so that the page cache is used"),
-    ("any", "fragfs warm MODEL", "a second read never reaches fragfs"),
-)
-"""(loader, what to tell it, remark)."""
 
 
 class Severity(enum.Enum):
@@ -259,8 +246,8 @@ def _shared_pages(facts: SystemFacts) -> Iterator[Finding]:
             "shared memory",
             "it holds files in the smallest pages: first loads take up to a quarter longer than"
             " they need to",
-            "as root: mount -o remount,huge=within_size /dev/shm; it lasts until the next boot,"
-            " unless /etc/fstab says so as well",
+            f"as root: fragfs doctor --fix, until the next boot; for good: {LARGE_PAGES} among the"
+            " options of /dev/shm in /etc/fstab",
         )
 
 

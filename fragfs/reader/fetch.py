@@ -17,10 +17,11 @@ import trio
 
 from fragfs.cache.layered import LayeredFragmentCache
 from fragfs.cache.shared import FragmentFile
-from fragfs.errors import StorageError
+from fragfs.errors import FragmentError, StorageError
 from fragfs.library.decode import DecodedSource
 from fragfs.reader.decoder import Reply, Status
 from fragfs.reader.pool import Decode, DecoderPool
+from fragfs.types import Fragment, FragmentIdentity
 
 __all__ = ["FetchStatistics", "FragmentFetcher"]
 
@@ -80,10 +81,10 @@ class _Counting:
     def get(self, number: int) -> memoryview | None:
         return self._cache.get(number)
 
-    def put(self, number: int, raw: memoryview) -> None:
+    def put(self, number: int, raw: memoryview, record: Fragment | None = None) -> None:
         self.decoded += 1
         self.decoded_bytes += raw.nbytes
-        self._cache.put(number, raw)
+        self._cache.put(number, raw, record)
 
 
 class FragmentFetcher:
@@ -214,13 +215,21 @@ class FragmentFetcher:
         # No await between the look at _flights and this: that is what makes the flight single.
         flight = self._flights[number] = _Flight(is_urgent=urgent)
         pool = None if in_thread else self._usable_pool()
-        if pool is None:
+        fragment = self._identity(number) if pool is not None else None
+        if pool is None or fragment is None:
             self._nursery.start_soon(self._fly, number, flight, None)
         else:
             flight.decode = pool.submit(
-                number, partial(self._on_reply, number, flight), urgent=urgent
+                fragment, partial(self._on_reply, number, flight), urgent=urgent
             )
         return flight
+
+    def _identity(self, number: int) -> FragmentIdentity | None:
+        """What a fragment is, for the processes; None if the catalog does not say."""
+        try:
+            return self._cache.identify(number)
+        except FragmentError:
+            return None  # the decode in a thread says what is wrong
 
     def _usable_pool(self) -> DecoderPool | None:
         pool = self._pool
@@ -303,14 +312,14 @@ class FragmentFetcher:
                 if reply.status is Status.FULL:
                     self._full_until = trio.current_time() + _FULL_S
                 return False
-            pool = self._usable_pool()
-            if pool is None:
+            pool, fragment = self._usable_pool(), self._identity(number)
+            if pool is None or fragment is None:
                 return False
-            reply = await self._ask(pool, number, flight, with_bases=rounds >= _ROUNDS_MAX)
+            reply = await self._ask(pool, fragment, flight, with_bases=rounds >= _ROUNDS_MAX)
         return True
 
     async def _ask(
-        self, pool: DecoderPool, number: int, flight: _Flight, *, with_bases: bool
+        self, pool: DecoderPool, fragment: FragmentIdentity, flight: _Flight, *, with_bases: bool
     ) -> Reply:
         replies: list[Reply] = []
         replied = trio.Event()
@@ -320,7 +329,7 @@ class FragmentFetcher:
             replied.set()
 
         flight.decode = pool.submit(
-            number, on_reply, urgent=flight.is_urgent, with_bases=with_bases
+            fragment, on_reply, urgent=flight.is_urgent, with_bases=with_bases
         )
         await replied.wait()
         return replies[0]

@@ -18,7 +18,8 @@ from os import getpid
 
 import trio
 
-from fragfs.reader.decoder import REPLY, REQUEST, DecoderOptions, Reply, Status
+from fragfs.reader.decoder import REPLY, DecoderOptions, Reply, Request, Status
+from fragfs.types import FragmentIdentity
 
 __all__ = ["Decode", "DecoderPool", "DecoderProcess", "start_decoder"]
 
@@ -45,14 +46,20 @@ _BASES_MAX = 64
 class Decode:
     """A fragment that is to be decoded, by whom and how soon only the pool knows."""
 
-    __slots__ = ("attempts", "finish", "is_taken", "number", "with_bases")
+    __slots__ = ("attempts", "finish", "fragment", "is_taken", "with_bases")
 
-    def __init__(self, number: int, finish: Callable[[Reply], None], *, with_bases: bool) -> None:
-        self.number = number
+    def __init__(
+        self, fragment: FragmentIdentity, finish: Callable[[Reply], None], *, with_bases: bool
+    ) -> None:
+        self.fragment = fragment
         self.finish = finish
         self.with_bases = with_bases
         self.is_taken = False
         self.attempts = 0
+
+    def fail(self) -> None:
+        """Have whoever asked decode it otherwise."""
+        self.finish(Reply(self.fragment.number, Status.FAILED))
 
 
 class DecoderProcess:
@@ -122,7 +129,7 @@ class DecoderPool:
 
     def submit(
         self,
-        number: int,
+        fragment: FragmentIdentity,
         on_reply: Callable[[Reply], None],
         *,
         urgent: bool,
@@ -131,13 +138,13 @@ class DecoderPool:
         """Have a fragment decoded.
 
         Args:
-            number: The fragment.
+            fragment: The fragment, as it is now: a process believes it.
             on_reply: Gets the reply, once; `FAILED` if no process lives to give one, or when the
                 pool ends. A function and no task: most decodes are waited for by nobody.
             urgent: Somebody waits for it.
             with_bases: Decode missing bases as well.
         """
-        job = Decode(number, on_reply, with_bases=with_bases)
+        job = Decode(fragment, on_reply, with_bases=with_bases)
         (self._urgent if urgent else self._ahead).append(job)
         if self.is_alive:
             self._feed()
@@ -183,7 +190,7 @@ class DecoderPool:
         # Two short messages never fill a socket's buffer. A dead process is noticed by its reader,
         # which takes the job back.
         with contextlib.suppress(OSError):
-            process.channel.send(REQUEST.pack(job.number, job.with_bases))
+            process.channel.send(Request(job.fragment, job.with_bases).pack())
 
     async def _run(self) -> None:
         try:
@@ -214,7 +221,7 @@ class DecoderPool:
                     log.warning("a decoder process (%d) does not answer", process.process.pid)
             except BaseException:
                 for job in process.jobs:
-                    job.finish(Reply(job.number, Status.FAILED))
+                    job.fail()
                 raise
             finally:
                 self._processes.remove(process)
@@ -230,7 +237,7 @@ class DecoderPool:
 
     def _fail_queued(self) -> None:
         while (job := self._next()) is not None:
-            job.finish(Reply(job.number, Status.FAILED))
+            job.fail()
 
     async def _receive(self, process: DecoderProcess) -> None:
         size = REPLY.size + 8 * _BASES_MAX
@@ -262,7 +269,7 @@ class DecoderPool:
                 job.is_taken = False
                 self._urgent.append(job)
             else:
-                job.finish(Reply(job.number, Status.FAILED))
+                job.fail()
         process.jobs.clear()
         self._feed()
 

@@ -142,9 +142,12 @@ def test_what_fragments_are_is_asked_together_and_once(shared, monkeypatch):
     assert asked[3:] == [[2]]
     cache.drop_identities()
     assert not cache.identify(2).is_base
-    assert cache.identify_anew(2).is_base
-    assert cache.identify(2).is_base
-    assert asked[4:] == [[2], [2]]
+    for number in (2, 3, 4, 5, 6):
+        cache.note_identity(identify(number)._replace(is_base=True))
+    assert cache.identify(6).is_base
+    assert asked[4:] == [[2]]
+    assert cache.identify(2).number == 2  # one too many was noted, and the others were forgotten
+    assert asked[5:] == [[2]]
 
 
 def damage(shared, number):

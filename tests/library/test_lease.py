@@ -393,7 +393,7 @@ class _Nothing:
     def get(self, number: int) -> None:
         return None
 
-    def put(self, number: int, raw: memoryview) -> None:
+    def put(self, number: int, raw: memoryview, record: object = None) -> None:
         return None
 
 

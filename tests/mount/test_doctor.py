@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from fragfs.cache.users import USERS_NAME
 from fragfs.errors import NotFoundError, StorageError, UsageError
 from fragfs.mount import doctor
 from fragfs.mount.doctor import diagnose, find_entries, read_system, repair
-from fragfs.mount.findings import Severity
+from fragfs.mount.findings import LARGE_PAGES, Severity
 from fragfs.mount.live import live_mounts, named_mount
 from fragfs.mount.probe import MountAnswer, MountState, ask_mount, ask_mounts
 from fragfs.mount.table import MountEntry, find_mount
@@ -69,6 +70,35 @@ def test_small_pages_of_shared_memory_are_seen(tmp_path, monkeypatch, release):
     assert not read_system(tmp_path).shared_small_pages
 
 
+def test_shared_memory_is_given_large_pages(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a tmpfs")
+    options = "size=16m,nosuid,nodev,noexec,noatime"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "shared", tmp_path], check=False)
+    if made.returncode:
+        pytest.skip("no tmpfs to be had")
+    try:
+        before = set(find_mount(tmp_path).options)
+        facts = dataclasses.replace(read_system(tmp_path), shared_small_pages=True)
+        diagnosis = dataclasses.replace(diagnose([]), system=facts)
+        assert repair(diagnosis, machine=False, shared_memory=tmp_path) == []
+        (done,) = repair(diagnosis, shared_memory=tmp_path)
+        if done.error is not None:
+            pytest.skip(f"a kernel without them: {done.error}")
+        assert set(find_mount(tmp_path).options) == {*before, LARGE_PAGES}
+        assert not read_system(tmp_path).shared_small_pages
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_large_pages_that_are_not_to_be_had_are_no_failure(tmp_path):
+    facts = dataclasses.replace(read_system(tmp_path), shared_small_pages=True)
+    diagnosis = dataclasses.replace(diagnose([]), system=facts)
+    (done,) = repair(diagnosis, shared_memory=tmp_path)
+    assert "mount" in done.error
+    assert done.error.endswith("root may do it")
+
+
 def test_unused_caches_are_found_and_removed(tmp_path):
     left = tmp_path / f"fragfs-{os.geteuid()}" / "aa"
     left.mkdir(parents=True)
@@ -78,7 +108,7 @@ def test_unused_caches_are_found_and_removed(tmp_path):
     assert facts.abandoned == ((left, 100),)
     diagnosis = diagnose([])
     object.__setattr__(diagnosis, "system", facts)
-    assert repair(diagnosis, caches=False) == []
+    assert repair(diagnosis, machine=False) == []
     (done,) = repair(diagnosis, shared_memory=tmp_path)
     assert (done.text, done.error) == (f"removed the unused fragment cache {left}", None)
     assert not left.exists()
@@ -115,11 +145,11 @@ def test_a_mount_from_its_birth_to_its_death(mounts, library_path, tmp_path):
     with pytest.raises(UsageError, match="shows the library"):
         named_mount(tmp_path, place, 10)
 
-    done = repair(diagnosis, caches=False)
+    done = repair(diagnosis, machine=False)
     if os.geteuid() == 0:
         assert [tried.error for tried in done] == [None] * len(done)
         assert find_mount(place).read_ahead_kb == 512
-        assert repair(diagnose(entries), caches=False) == []
+        assert repair(diagnose(entries), machine=False) == []
 
     os.kill(report.pid, signal.SIGSTOP)
     try:
@@ -132,7 +162,7 @@ def test_a_mount_from_its_birth_to_its_death(mounts, library_path, tmp_path):
         assert live_mounts(library_path, 0.5) == []
         with pytest.raises(StorageError, match="does not answer"):
             named_mount(library_path, place, 0.5)
-        assert repair(diagnosis, caches=False) == [], "a mount that hangs is not ended"
+        assert repair(diagnosis, machine=False) == [], "a mount that hangs is not ended"
     finally:
         os.kill(report.pid, signal.SIGCONT)
 
@@ -142,7 +172,7 @@ def test_a_mount_from_its_birth_to_its_death(mounts, library_path, tmp_path):
     diagnosis = diagnose(entries)
     assert diagnosis.has_problem
     assert "its process is gone" in topics(diagnosis, place)["answers"].text
-    (done,) = repair(diagnosis, caches=False)
+    (done,) = repair(diagnosis, machine=False)
     assert (done.text, done.error) == (f"cleared the dead mount on {place}", None)
     assert find_mount(place) is None
 

@@ -100,7 +100,7 @@ class NoSource:
     def get(self, number):
         return None
 
-    def put(self, number, raw):
+    def put(self, number, raw, record=None):
         return None
 
 

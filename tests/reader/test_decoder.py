@@ -11,9 +11,11 @@ import time
 import pytest
 
 from fragfs.cache.shared import SharedFragmentCache, file_name
+from fragfs.errors import NotFoundError
 from fragfs.library.library import FragmentLibrary
-from fragfs.reader.decoder import REPLY, REQUEST, DecoderOptions, Reply, Status
+from fragfs.reader.decoder import REPLY, DecoderOptions, Reply, Request, Status
 from fragfs.reader.pool import start_decoder
+from fragfs.types import FragmentId, FragmentIdentity
 from tests.cache.support import Child, get, place_at
 from tests.library.test_bases import CONFIG, add, base_weights, tuned, write_model
 from tests.mount.support import is_alive, wait_until
@@ -28,10 +30,20 @@ class Decoder:
     def __init__(self, library, place):
         self.process = start_decoder(DecoderOptions(library, place))
         self.process.channel.settimeout(REPLY_S)
+        self.library = FragmentLibrary.open(library)
 
     def ask(self, number, *, with_bases=False):
-        self.process.channel.send(REQUEST.pack(number, with_bases))
+        return self.ask_for(self.identify(number), with_bases=with_bases)
+
+    def ask_for(self, fragment, *, with_bases=False):
+        self.process.channel.send(Request(fragment, with_bases).pack())
         return self.receive()
+
+    def identify(self, number):
+        try:
+            return self.library.identities([number])[0]
+        except NotFoundError:
+            return FragmentIdentity(number, FragmentId(bytes(32)), 10, False, False)
 
     def receive(self):
         return Reply.parse(self.process.channel.recv(REPLY.size + 512))
@@ -39,6 +51,7 @@ class Decoder:
     def close(self):
         self.process.channel.close()
         self.process.process.wait(REPLY_S)
+        self.library.close()
 
 
 @pytest.fixture
@@ -138,6 +151,17 @@ def test_what_has_become_a_base_since_stays_in_the_cache(tmp_path, directory, ca
             assert path.stat().st_mtime > time.time() + 300
         finally:
             decoder.close()
+
+
+def test_bytes_are_never_published_as_those_of_another_fragment(decoder, shared_family, cache):
+    """A catalog put back from a backup may have another fragment under a number."""
+    number, other = shared_family.plain[:2]
+    wrong = decoder.identify(number)._replace(id=shared_family.ids[other])
+    assert decoder.ask_for(wrong).decoded == 1
+    assert not cache.holds(shared_family.ids[other])
+    raw = shared_family.raws[number]
+    assert get(cache, shared_family.ids[number], len(raw)) == raw
+    assert decoder.ask(other).decoded == 1
 
 
 def test_what_another_process_decodes_is_busy_until_that_ends(decoder, shared_family, cache):
@@ -251,14 +275,16 @@ def test_it_holds_no_descriptors_of_its_parent(decoder, shared_family):
 PARENT = """
 import sys, time
 from pathlib import Path
-from fragfs.reader.decoder import DecoderOptions, REQUEST
+from fragfs.reader.decoder import DecoderOptions, Request
 from fragfs.reader.pool import start_decoder
+from fragfs.types import FragmentId, FragmentIdentity
 options = DecoderOptions.from_json(sys.argv[1])
 processes = [start_decoder(options) for _ in range(3)]
 for process in processes:
     process.channel.setblocking(True)
     if sys.argv[2] == "busy":
-        process.channel.send(REQUEST.pack(1, True))
+        fragment = FragmentIdentity(1, FragmentId(bytes(32)), 10, False, False)
+        process.channel.send(Request(fragment, True).pack())
         process.channel.recv(1000)
 print(*[process.process.pid for process in processes], flush=True)
 time.sleep(600)

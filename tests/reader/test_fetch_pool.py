@@ -44,14 +44,14 @@ class ScriptedPool:
         self.decodes = self.decoded_bytes = self.evictions = 0
         self.working = 0
 
-    def submit(self, number, on_reply, *, urgent, with_bases=False):
-        job = Decode(number, on_reply, with_bases=with_bases)
-        self.jobs.append((number, urgent, with_bases))
+    def submit(self, fragment, on_reply, *, urgent, with_bases=False):
+        job = Decode(fragment, on_reply, with_bases=with_bases)
+        self.jobs.append((fragment.number, urgent, with_bases))
         self._nursery.start_soon(self._work, job)
         return job
 
     def hurry(self, job):
-        self.hurried.append(job.number)
+        self.hurried.append(job.fragment.number)
 
     async def _work(self, job):
         self.working += 1
@@ -113,7 +113,7 @@ async def test_a_hundred_tasks_share_one_job(cache, threads, nursery):
 
     async def answer(job):
         await gate.wait()
-        return publish(cache, job.number)
+        return publish(cache, job.fragment.number)
 
     fetcher, pool = fetcher_of(cache, threads, nursery, answer)
     got = []
@@ -136,10 +136,10 @@ async def test_a_fetch_hurries_what_was_begun_ahead_and_its_bases(cache, threads
     gates = {1: trio.Event(), 2: trio.Event()}
 
     async def answer(job):
-        if job.number == 1 and not cache.holds(2):
+        if job.fragment.number == 1 and not cache.holds(2):
             return Reply(1, Status.NEEDS, bases=(2,))
-        await gates[job.number].wait()
-        return publish(cache, job.number)
+        await gates[job.fragment.number].wait()
+        return publish(cache, job.fragment.number)
 
     fetcher, pool = fetcher_of(cache, threads, nursery, answer)
     fetcher.begin_nowait(1, urgent=False)
@@ -166,11 +166,11 @@ async def test_a_base_of_two_fragments_is_decoded_once(cache, threads, nursery):
 
     async def answer(job):
         await trio.lowlevel.checkpoint()
-        if job.number == 9:
+        if job.fragment.number == 9:
             await gate.wait()
         elif not cache.holds(9):
-            return Reply(job.number, Status.NEEDS, bases=(9,))
-        return publish(cache, job.number)
+            return Reply(job.fragment.number, Status.NEEDS, bases=(9,))
+        return publish(cache, job.fragment.number)
 
     fetcher, pool = fetcher_of(cache, threads, nursery, answer)
     async with trio.open_nursery() as asking:
@@ -188,8 +188,8 @@ async def test_what_is_busy_elsewhere_is_polled_for_and_occupies_no_decoder(
     start = trio.current_time()
 
     async def answer(job):
-        if job.number != 1:
-            return publish(cache, job.number)
+        if job.fragment.number != 1:
+            return publish(cache, job.fragment.number)
         if trio.current_time() < start + 2:
             return Reply(1, Status.BUSY)
         publish(cache, 1)  # by the other one
@@ -211,7 +211,7 @@ async def test_who_is_busy_for_ever_is_not_waited_for(cache, threads, nursery, a
     """A process that was stopped keeps its claims."""
 
     async def answer(job):
-        return Reply(job.number, Status.BUSY)
+        return Reply(job.fragment.number, Status.BUSY)
 
     fetcher, _ = fetcher_of(cache, threads, nursery, answer)
     start = trio.current_time()
@@ -223,7 +223,7 @@ async def test_who_is_busy_for_ever_is_not_waited_for(cache, threads, nursery, a
 @pytest.mark.parametrize("status", [Status.FAILED, Status.FULL])
 async def test_what_processes_cannot_do_threads_do(cache, threads, nursery, status):
     async def answer(job):
-        return Reply(job.number, status)
+        return Reply(job.fragment.number, status)
 
     fetcher, _ = fetcher_of(cache, threads, nursery, answer)
     assert bytes_of(await fetcher.fetch(1)) == raw_of(1, SIZE)
@@ -232,7 +232,7 @@ async def test_what_processes_cannot_do_threads_do(cache, threads, nursery, stat
 
 async def test_an_error_is_the_one_of_the_thread_and_is_not_kept(cache, threads, nursery):
     async def answer(job):
-        return Reply(job.number, Status.FAILED)
+        return Reply(job.fragment.number, Status.FAILED)
 
     fetcher, _ = fetcher_of(cache, threads, nursery, answer)
     threads.failures[1] = IntegrityError("fragment 1 is damaged")
@@ -246,7 +246,11 @@ async def test_an_error_is_the_one_of_the_thread_and_is_not_kept(cache, threads,
 async def test_a_base_that_cannot_be_decoded_is_tried_once(cache, threads, nursery):
     async def answer(job):
         await trio.lowlevel.checkpoint()
-        return Reply(1, Status.NEEDS, bases=(2,)) if job.number == 1 else Reply(2, Status.FAILED)
+        return (
+            Reply(1, Status.NEEDS, bases=(2,))
+            if job.fragment.number == 1
+            else Reply(2, Status.FAILED)
+        )
 
     fetcher, pool = fetcher_of(cache, threads, nursery, answer)
     threads.failures = {n: IntegrityError("fragment 2 is damaged") for n in (1, 2)}
@@ -257,7 +261,7 @@ async def test_a_base_that_cannot_be_decoded_is_tried_once(cache, threads, nurse
 
 async def test_a_full_cache_is_left_alone_for_a_moment(cache, threads, nursery, autojump_clock):
     async def answer(job):
-        return Reply(job.number, Status.FULL)
+        return Reply(job.fragment.number, Status.FULL)
 
     fetcher, pool = fetcher_of(cache, threads, nursery, answer)
     for number in (1, 2, 3):
@@ -280,11 +284,11 @@ async def test_what_left_between_done_and_get_is_decoded_again(
     cache, threads, nursery, shared, how
 ):
     async def answer(job):
-        reply = publish(cache, job.number)
+        reply = publish(cache, job.fragment.number)
         if how == "evicted":
             shared.trim(0)
         else:
-            os.truncate(shared.place.directory / file_name(identify(job.number).id), 7)
+            os.truncate(shared.place.directory / file_name(identify(job.fragment.number).id), 7)
         return reply
 
     fetcher, _ = fetcher_of(cache, threads, nursery, answer)
@@ -297,7 +301,7 @@ async def test_all_who_waited_for_what_left_share_one_decode(cache, threads, nur
 
     async def answer(job):
         await gate.wait()
-        reply = publish(cache, job.number)
+        reply = publish(cache, job.fragment.number)
         shared.trim(0)
         return reply
 
@@ -322,10 +326,10 @@ async def test_bases_that_leave_as_fast_as_they_come_are_decoded_with_the_fragme
     cache, threads, nursery, shared
 ):
     async def answer(job):
-        if job.number == 1 and not job.with_bases:
+        if job.fragment.number == 1 and not job.with_bases:
             shared.trim(0)
             return Reply(1, Status.NEEDS, bases=(2,))
-        return publish(cache, job.number)
+        return publish(cache, job.fragment.number)
 
     fetcher, pool = fetcher_of(cache, threads, nursery, answer)
     with trio.fail_after(20):
@@ -339,8 +343,8 @@ async def test_a_damaged_catalog_with_cyclic_bases_does_not_hang(cache, threads,
     async def answer(job):
         await trio.lowlevel.checkpoint()
         if job.with_bases:
-            return Reply(job.number, Status.FAILED)
-        return Reply(job.number, Status.NEEDS, bases=(job.number % length + 1,))
+            return Reply(job.fragment.number, Status.FAILED)
+        return Reply(job.fragment.number, Status.NEEDS, bases=(job.fragment.number % length + 1,))
 
     fetcher, _ = fetcher_of(cache, threads, nursery, answer)
     for number in range(1, length + 1):
@@ -365,7 +369,7 @@ async def test_a_reader_that_leaves_takes_nothing_along(cache, threads, nursery)
 
     async def answer(job):
         await gate.wait()
-        return publish(cache, job.number)
+        return publish(cache, job.fragment.number)
 
     fetcher, _ = fetcher_of(cache, threads, nursery, answer)
     with trio.move_on_after(0.01):
@@ -379,7 +383,11 @@ async def test_a_reader_that_leaves_takes_nothing_along(cache, threads, nursery)
 async def test_ready_waits_without_taking_the_bytes_and_never_raises(cache, threads, nursery):
     async def answer(job):
         await trio.lowlevel.checkpoint()
-        return publish(cache, job.number) if job.number == 1 else Reply(2, Status.FAILED)
+        return (
+            publish(cache, job.fragment.number)
+            if job.fragment.number == 1
+            else Reply(2, Status.FAILED)
+        )
 
     fetcher, _ = fetcher_of(cache, threads, nursery, answer)
     threads.failures[2] = IntegrityError("fragment 2 is damaged")

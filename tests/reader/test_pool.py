@@ -12,8 +12,9 @@ import trio
 import trio.testing
 
 from fragfs.cache.place import CachePlace
-from fragfs.reader.decoder import REQUEST, DecoderOptions, Reply, Status
+from fragfs.reader.decoder import REQUEST, DecoderOptions, Reply, Request, Status
 from fragfs.reader.pool import DecoderPool, DecoderProcess
+from fragfs.types import FragmentId, FragmentIdentity
 
 OPTIONS = DecoderOptions(Path("/nowhere"), CachePlace(Path("/nowhere"), True, 1, None))
 
@@ -46,7 +47,7 @@ class Script:
         numbers = []
         with contextlib.suppress(BlockingIOError):
             while data := self.channels[index].recv(REQUEST.size):
-                numbers.append(REQUEST.unpack(data)[0])
+                numbers.append(Request.parse(data).fragment.number)
         return numbers
 
     def answer(self, index, number, status=Status.DONE, **counters):
@@ -67,13 +68,18 @@ def script():
     made.close()
 
 
+def fragment_at(number):
+    """What a fragment is that nobody looks at."""
+    return FragmentIdentity(number, FragmentId(bytes(32)), 10, has_bases=False, is_base=False)
+
+
 class Asked:
     """A fragment that was asked for, and the reply."""
 
     def __init__(self, pool, number, *, urgent):
         self._replies = []
         self._replied = trio.Event()
-        self.job = pool.submit(number, self._on_reply, urgent=urgent)
+        self.job = pool.submit(fragment_at(number), self._on_reply, urgent=urgent)
 
     def _on_reply(self, reply):
         self._replies.append(reply)
@@ -109,6 +115,10 @@ async def test_a_job_is_sent_and_answered(script, nursery):
 def test_messages_survive_the_wire():
     reply = Reply(1 << 40, Status.NEEDS, 1, 2, 3, 4, (5, 1 << 41))
     assert Reply.parse(reply.pack()) == reply
+    for bits in range(8):
+        flags = [bool(bits & 1 << place) for place in range(3)]
+        fragment = FragmentIdentity(1 << 40, FragmentId(bytes(range(32))), 1 << 24, *flags[:2])
+        assert Request.parse(Request(fragment, flags[2]).pack()) == (fragment, flags[2])
     assert DecoderOptions.from_json(OPTIONS.to_json()) == OPTIONS
 
 

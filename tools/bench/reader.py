@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fragfs.types import Fragment
 from tools.bench.memory import pretouch
 from tools.bench.touches import percentile, touch_count
 
@@ -287,7 +288,7 @@ class _Kept:
     def get(self, number: int) -> memoryview | None:
         return self.fragments.get(number)
 
-    def put(self, number: int, raw: memoryview) -> None:
+    def put(self, number: int, raw: memoryview, record: Fragment | None = None) -> None:
         return None
 
 
