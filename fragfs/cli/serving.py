@@ -175,6 +175,8 @@ def start_mount(options: MountOptions, *, quiet: bool, as_json: bool = False) ->
         quiet: Only print warnings.
         as_json: Print what a script wants to know instead.
     """
+    from fragfs.cache.place import SHARED_MEMORY
+    from fragfs.mount.doctor import has_small_pages
     from fragfs.mount.launch import mount
 
     if options.log_file is None:
@@ -201,9 +203,15 @@ def start_mount(options: MountOptions, *, quiet: bool, as_json: bool = False) ->
         shown = show_name(os.fsencode(report.mountpoint))
         typed = shlex.quote(shown)
         say(f"mounted on {shown}; end it with: fragfs umount {typed}")
+        slow = []
         was_wanted = options.read_ahead_kb is not None
         if was_wanted and report.read_ahead_kb == _READ_AHEAD_DEFAULT_KB:
-            say(f"  read-ahead is the kernel's default; see: fragfs doctor {typed}")
+            slow.append("read-ahead is the kernel's default")
+        cache = report.cache_directory
+        if cache is not None and SHARED_MEMORY in cache.parents and has_small_pages(SHARED_MEMORY):
+            slow.append("shared memory uses small pages")
+        if slow:
+            say(f"  {', and '.join(slow)}; see: fragfs doctor {typed}")
 
 
 @click.command(

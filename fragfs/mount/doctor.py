@@ -43,7 +43,15 @@ from fragfs.mount.table import (
 from fragfs.mount.unmount import detach
 from fragfs.mount.users import find_servers
 
-__all__ = ["Diagnosis", "Repair", "diagnose", "find_entries", "read_system", "repair"]
+__all__ = [
+    "Diagnosis",
+    "Repair",
+    "diagnose",
+    "find_entries",
+    "has_small_pages",
+    "read_system",
+    "repair",
+]
 
 _ANSWER_S = 3.0
 _SYSCTL = Path("/proc/sys/fs/fuse")
@@ -129,12 +137,12 @@ def read_system(shared_memory: Path = SHARED_MEMORY) -> SystemFacts:
         group_bytes=group if group < _UNLIMITED else None,
         shared_bytes=status.f_blocks * status.f_frsize if status else None,
         shared_free_bytes=status.f_bavail * status.f_frsize if status else None,
-        shared_small_pages=_has_small_pages(shared_memory),
+        shared_small_pages=has_small_pages(shared_memory),
         abandoned=tuple(find_abandoned(user_directory(shared_memory))),
     )
 
 
-def _has_small_pages(place: Path) -> bool:
+def has_small_pages(place: Path) -> bool:
     """Whether a tmpfs could hold files in larger pages, but was not told to.
 
     Source: tmpfs(5), `huge`; since Linux 6.14 that means pages as large as what is written.
