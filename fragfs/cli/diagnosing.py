@@ -67,7 +67,7 @@ def doctor_command(
 
     Each finding is "ok", "advice" (it works, and could be better) or "problem"; with --quiet, only
     the latter two are shown. --fix clears dead mounts, raises the kernel's read-ahead and
-    background requests as far as you may, and, without MOUNTPOINT, has shared memory use large
+    background requests as far as you may, and, without MOUNTPOINT, has all of /dev/shm use large
     pages and removes fragment caches that nobody uses. Exits with 1 if a problem is left.
     """
     from fragfs.mount.doctor import diagnose, find_entries, repair

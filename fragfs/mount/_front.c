@@ -596,7 +596,7 @@ PyMODINIT_FUNC PyInit__front(void)
     PyObject *type = PyType_FromSpec(&front_spec);
     /* front.py uses no module of another version: a file built for older sources. */
     if (!type || PyModule_AddObjectRef(created, "Front", type) ||
-        PyModule_AddIntConstant(created, "VERSION", 5) ||
+        PyModule_AddIntConstant(created, "VERSION", 4) ||
         PyModule_AddIntConstant(created, "PIECES_MAX", PIECES_MAX)) {
         Py_XDECREF(type);
         Py_DECREF(created);

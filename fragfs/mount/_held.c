@@ -148,8 +148,7 @@ static void touch(int descriptor, int64_t credit_ns)
     (void)futimens(descriptor, times);
 }
 
-/* False if it is not there, or not to be trusted. One in so many is to be checked by who can hash, but
- * not now, while a reader waits: before it is opened again, which prefill sees to ahead of readers. */
+/* False if it is not there, or not to be trusted; one in so many that are is left to who can hash. */
 static bool open_named(Front *front, struct name *name)
 {
     char path[PATH_MAX];
@@ -163,14 +162,16 @@ static bool open_named(Front *front, struct name *name)
     if (descriptor < 0)
         return false;
     bool taken = is_right(front, name, descriptor);
-    taken = taken && fill_slot(front, name->fragment, descriptor, NULL, (size_t)name->size);
-    if (!taken) {
-        close(descriptor);
-        return false;
+    if (taken && ++front->opened % CHECK_ONE_IN == 0) {
+        name->is_due = true;
+        taken = false;
     }
-    name->is_due = ++front->opened % CHECK_ONE_IN == 0;
-    touch(descriptor, name->credit_ns);
-    return true;
+    taken = taken && fill_slot(front, name->fragment, descriptor, NULL, (size_t)name->size);
+    if (taken)
+        touch(descriptor, name->credit_ns);
+    else
+        close(descriptor);
+    return taken;
 }
 
 /* What is held of a fragment, or can be opened now; NULL if neither. */

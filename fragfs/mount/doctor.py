@@ -55,6 +55,7 @@ __all__ = [
 
 _ANSWER_S = 3.0
 _SYSCTL = Path("/proc/sys/fs/fuse")
+_REMOUNT_S_MAX = 10.0
 _UNLIMITED = 1 << 60
 _LARGE_PAGES_SINCE = (6, 14)
 
@@ -245,21 +246,25 @@ def _clear(entry: MountEntry) -> Repair:
 
 
 def _enlarge_pages(place: Path) -> Repair:
-    """Have a tmpfs hold what is written from now on in large pages; its other options stay."""
+    """Have a tmpfs hold what is written from now on in large pages.
+
+    Its other options stay as they are in the mount table, whatever /etc/fstab says of them.
+    """
     text = f"large pages for {place}, until the next boot"
     try:
         done = subprocess.run(
-            ["mount", "-o", f"remount,{LARGE_PAGES}", place],
+            ["mount", "--options-source=mtab", "-o", f"remount,{LARGE_PAGES}", place],
             stdin=subprocess.DEVNULL,
             capture_output=True,
+            timeout=_REMOUNT_S_MAX,
             check=False,
             env={"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
         )
-    except OSError as error:
-        return Repair(text, f"mount: {error.strerror}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Repair(text, f"mount: {error}")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["mount failed"]
-        return Repair(text, f"{said[0]}; root may do it")
+        return Repair(text, f"{said[0].rstrip('.')}; root may do it, outside of containers")
     return Repair(text)
 
 

@@ -38,7 +38,7 @@ __all__ = ["Front", "Reads", "find_front_module"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 5
+_VERSION = 4
 """Of the module and what it takes; raised with every change to it, here and in the source."""
 
 _RECORD = struct.Struct("=QQQII")
@@ -215,7 +215,7 @@ class Front:
         self._front.name(fragment.number, fragment.id, fragment.raw_size, credit_ns)
 
     def is_due(self, fragment: int) -> bool:
-        """Whether a fragment's file is to be checked before it may be opened again."""
+        """Whether it leaves a fragment's file, of those that it may open, to be checked now."""
         return bool(self._front.is_due(fragment))
 
     def give(self, fragment: int, raw: memoryview | FragmentFile) -> None:

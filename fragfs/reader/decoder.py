@@ -28,7 +28,7 @@ from fragfs.cache.layered import LayeredFragmentCache
 from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.place import CachePlace
 from fragfs.cache.shared import SharedFragmentCache
-from fragfs.errors import FragmentError
+from fragfs.errors import FragmentError, IntegrityError
 from fragfs.library.decode import check_this_machine
 from fragfs.library.library import FragmentLibrary
 from fragfs.types import Fragment, FragmentId, FragmentIdentity
@@ -214,6 +214,13 @@ class _Timed:
         fragment = self._fragment
         if number != fragment.number:
             fragment = self._cache.identify(number)._replace(is_base=True)
+        if record is None or record.id != fragment.id:
+            # Its catalog is not the one that this process has: one was put back from a backup.
+            raise IntegrityError(
+                f"fragment number {number} is another one than was asked for",
+                expected=fragment.id.hex(),
+                actual=None if record is None else record.id.hex(),
+            )
         self.is_published = self._cache.publish(fragment, raw, record, decode_ns=decode_ns)
         self._cache.held.put(number, raw)
         self._since_ns = time.perf_counter_ns()
@@ -243,7 +250,7 @@ class _Decoder:
 
     def _answer(self, identity: FragmentIdentity, with_bases: bool) -> Reply:
         number, fragment = identity.number, identity.id
-        # Nobody tells a decoder of changes: what is asked for again may have become a base since.
+        # Nobody tells a decoder of changes: who asks knows of what has become a base since.
         self._cache.note_identity(identity)
         if self._shared.holds(fragment):
             return Reply(number, Status.DONE)
@@ -260,11 +267,13 @@ class _Decoder:
                 return Reply(number, Status.DONE)
             source = _Timed(self._cache, identity)
             evictions = self._shared.evictions
-            raw = self._library.decode_fragment(number, source)
-            is_published = source.is_published
-            if not source.decoded:  # it has left the shared cache, but is at hand here
-                is_published = self._cache.publish(identity, raw)
-            status = Status.DONE if is_published else Status.FULL
+            # What has left the shared cache and is at hand here is decoded again: only its record
+            # says for certain whose bytes they are.
+            self._cache.held.drop(number)
+            self._library.decode_fragment(number, source)
+            # If it was not decoded, somebody without a claim has just published it.
+            is_there = source.is_published or not source.decoded
+            status = Status.DONE if is_there else Status.FULL
             return source.reply(number, status, self._shared.evictions - evictions)
         finally:
             self._shared.release(fragment)

@@ -213,9 +213,9 @@ class FragmentFetcher:
 
     def _start(self, number: int, *, urgent: bool, in_thread: bool = False) -> _Flight:
         # No await between the look at _flights and this: that is what makes the flight single.
-        flight = self._flights[number] = _Flight(is_urgent=urgent)
         pool = None if in_thread else self._usable_pool()
         fragment = self._identity(number) if pool is not None else None
+        flight = self._flights[number] = _Flight(is_urgent=urgent)
         if pool is None or fragment is None:
             self._nursery.start_soon(self._fly, number, flight, None)
         else:

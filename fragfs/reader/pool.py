@@ -138,7 +138,7 @@ class DecoderPool:
         """Have a fragment decoded.
 
         Args:
-            fragment: The fragment, as it is now: a process believes it.
+            fragment: The fragment; a process does not ask the catalog whether that is still so.
             on_reply: Gets the reply, once; `FAILED` if no process lives to give one, or when the
                 pool ends. A function and no task: most decodes are waited for by nobody.
             urgent: Somebody waits for it.

@@ -1,8 +1,10 @@
 """Views of one process over the shared files."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
+import xxhash
 
 from fragfs.cache import layered as module
 from fragfs.cache.layered import LayeredFragmentCache, leaving_credit_s
@@ -46,6 +48,17 @@ def test_what_one_process_put_another_gets_and_keeps_as_a_view(shared):
     assert two.holds(1)
     assert two.get(1) == raw_of(1, SIZE)
     assert layered(shared).get(1) is None
+
+
+def test_a_record_says_whose_bytes_they_are_and_their_checksum(shared):
+    raw = raw_of(1, SIZE)
+    record = SimpleNamespace(id=identify(2).id, raw_checksum=xxhash.xxh3_64_intdigest(raw))
+    layered(shared).put(1, raw, record)
+    assert not shared.holds(identify(1).id)
+    assert layered(shared).find(2, check=True).read(0, SIZE) == raw
+    record.raw_checksum ^= 1
+    layered(shared).put(3, raw, record)
+    assert layered(shared).find(2, check=True) is None
 
 
 def test_neighbouring_reads_look_for_a_file_once(shared):

@@ -11,7 +11,7 @@ import trio.testing
 from fragfs.cache.layered import LayeredFragmentCache
 from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.shared import SharedFragmentCache, file_name
-from fragfs.errors import IntegrityError
+from fragfs.errors import IntegrityError, NotFoundError
 from fragfs.library.library import FragmentLibrary
 from fragfs.reader.decoder import DecoderOptions, Reply, Status
 from fragfs.reader.fetch import FragmentFetcher
@@ -257,6 +257,26 @@ async def test_a_base_that_cannot_be_decoded_is_tried_once(cache, threads, nurse
     with pytest.raises(IntegrityError, match="damaged"):
         await fetcher.fetch(1)
     assert pool.asked() == [1, 2]
+
+
+async def test_a_base_that_the_catalog_does_not_say_is_decoded_in_a_thread(
+    shared, threads, nursery
+):
+    def ask(numbers):
+        if 2 in numbers:
+            raise NotFoundError("there is no fragment 2")
+        return identify_all(numbers)
+
+    async def answer(job):
+        return Reply(1, Status.NEEDS, bases=(2,))
+
+    cache = LayeredFragmentCache(ask, MemoryFragmentCache(10 * SIZE), shared)
+    threads.failures[2] = NotFoundError("there is no fragment 2")
+    fetcher, pool = fetcher_of(cache, threads, nursery, answer)
+    assert bytes_of(await fetcher.fetch(1)) == raw_of(1, SIZE)
+    assert pool.asked() == [1]
+    assert threads.started == [2, 1]
+    assert fetcher.statistics().flights == 0
 
 
 async def test_a_full_cache_is_left_alone_for_a_moment(cache, threads, nursery, autojump_clock):
