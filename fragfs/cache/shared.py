@@ -233,7 +233,7 @@ class SharedFragmentCache:
         except (FragmentError, OSError, ValueError):
             is_right = False
         if not is_right:
-            self._drop_damaged(path)
+            self.drop_damaged(path)
             return None
         self._hits += 1
         return file
@@ -245,7 +245,7 @@ class SharedFragmentCache:
         except (FragmentError, OSError, ValueError):
             is_right = False
         if not is_right:
-            self._drop_damaged(self._path_of(fragment))
+            self.drop_damaged(self._path_of(fragment))
         return is_right
 
     def holds(self, fragment: FragmentId) -> bool:
@@ -293,18 +293,19 @@ class SharedFragmentCache:
         # The hash of a fragment in memory costs a tenth of storing it into the page cache: too
         # much for every one of them, and what memory forgets, the page cache would forget as well.
         is_ours = status.st_ctime_ns >= self.since_ns
-        if not check and is_ours and self._hits % _CHECK_ONE_IN and not self._is_suspect():
+        if not check and is_ours and self._hits % _CHECK_ONE_IN and not self.is_suspect():
             return True
         return bool(xxhash.xxh3_64_intdigest(file.view()) == checksum)
 
-    def _is_suspect(self) -> bool:
+    def is_suspect(self) -> bool:
         """Whether every file is to be checked, for this process or because another says so."""
         if not self._check_all:
             with contextlib.suppress(OSError):
                 self._check_all = os.pread(self._claims, 1, 0) == _DAMAGED
         return self._check_all
 
-    def _drop_damaged(self, path: str) -> None:
+    def drop_damaged(self, path: str) -> None:
+        """Remove a file that is not what its name says, and have all others checked from now on."""
         self._damaged += 1
         self._misses += 1
         self._check_all = True
@@ -336,16 +337,14 @@ class SharedFragmentCache:
             False if there is no room for it.
         """
         size = raw.nbytes + FOOTER.size
-        if size > self._files_bytes_max or time.monotonic() < self._full_until:
+        if size > self.files_bytes_max or time.monotonic() < self._full_until:
             self._refused += 1
             return False
         if checksum is None:
             checksum = xxhash.xxh3_64_intdigest(raw)
         footer = FOOTER.pack(MAGIC, raw.nbytes, checksum, bytes(fragment))
         name = file_name(fragment)
-        temporary = os.path.join(
-            self._path, f"{_TEMPORARY}{name}-{os.getpid()}-{threading.get_ident()}"
-        )
+        temporary = self.temporary(name)
         try:
             self._write(temporary, raw, footer, credit_s)
             os.rename(temporary, os.path.join(self._path, name))
@@ -360,9 +359,19 @@ class SharedFragmentCache:
             return False
         with self._lock:
             self._puts += 1
+        self.count(size)
+        return True
+
+    def temporary(self, name: str) -> str:
+        """Where this thread writes what is to be published under a name."""
+        return os.path.join(self._path, f"{_TEMPORARY}{name}-{os.getpid()}-{threading.get_ident()}")
+
+    def count(self, size: int) -> None:
+        """Note that a file was published, and make room if that is too much."""
+        with self._lock:
             self._bytes_held += size
             self._put_since_scan += size
-            is_over = self._bytes_held > self._files_bytes_max
+            is_over = self._bytes_held > self.files_bytes_max
             is_due = self._put_since_scan * _RESCANS_PER_BUDGET > self._bytes_max
         if is_over:
             # Who makes room may have to wait for a processor: nobody fills it further meanwhile.
@@ -371,7 +380,20 @@ class SharedFragmentCache:
                 self._impatient_until = time.monotonic() + _IMPATIENT_S
         elif is_due:
             self.trim()
-        return True
+
+    def room(self) -> int:
+        """Bytes that can be published before something has to leave; counts what there is."""
+        self.trim()
+        return self.files_bytes_max - self._bytes_held
+
+    def remove(self, fragment: FragmentId) -> None:
+        """Have a fragment leave now."""
+        path = self._path_of(fragment)
+        with contextlib.suppress(OSError):
+            size = os.stat(path).st_size
+            os.unlink(path)
+            with self._lock:
+                self._bytes_held -= size
 
     def _write(self, path: str, raw: memoryview, footer: bytes, credit_s: float) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -388,7 +410,8 @@ class SharedFragmentCache:
             os.close(descriptor)
 
     @property
-    def _files_bytes_max(self) -> int:
+    def files_bytes_max(self) -> int:
+        """Of the budget, what files in the directory may have."""
         return self._bytes_max - held_open(self._bytes_max)
 
     def trim(self, bytes_max: int | None = None, *, wait_s: float = 0.0) -> bool:
@@ -446,7 +469,7 @@ class SharedFragmentCache:
                 asked=self.place.asked,
                 held=held,
             )
-        limit = self._files_bytes_max if bytes_max is None else bytes_max
+        limit = self.files_bytes_max if bytes_max is None else bytes_max
         if held > limit:
             files.sort()
             for _, size, path in files:

@@ -181,7 +181,10 @@ def _live_mounts(library: Path) -> list[LiveMount]:
 
 
 def _mount_as_json(mount: LiveMount) -> dict[str, object]:
-    kept = ("pid", "reads", "bytes_returned", "decodes", "bytes_decoded", "cache", "prefill")
+    kept = (
+        *("pid", "reads", "bytes_returned", "decodes", "bytes_decoded"),
+        *("cache", "prefill", "passthrough"),
+    )
     return {
         "mountpoint": os.fspath(mount.entry.mountpoint),
         **{key: mount.status.get(key) for key in kept},

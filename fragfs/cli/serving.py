@@ -71,6 +71,11 @@ _READ_AHEAD_DEFAULT_KB = 128
     help="Whether to decode, and to fill the kernel's page cache, ahead of readers.",
 )
 @click.option(
+    "--passthrough/--no-passthrough",
+    default=True,
+    help="Whether the kernel may read files that were read before by itself; only for root.",
+)
+@click.option(
     "--read-ahead",
     "read_ahead_kb",
     type=click.IntRange(0, 1 << 20),
@@ -108,6 +113,7 @@ def mount_command(
     cache_bytes_max: int | None,
     cache_dir: Path | None,
     prefill: bool,
+    passthrough: bool,
     read_ahead_kb: int | None,
     log_file: Path | None,
     grace_s: float,
@@ -141,6 +147,7 @@ def mount_command(
         cache_directory=cache_dir.absolute() if cache_dir else None,
         cache_on_disk=default_cache(),
         prefill=prefill,
+        passthrough=passthrough,
         read_ahead_kb=READ_AHEAD_KB if read_ahead_kb is None else read_ahead_kb or None,
         log_file=log_file.absolute() if log_file else None,
         verbose=session.debug,

@@ -1,10 +1,10 @@
 /* Takes the kernel's requests, and answers the reads of what is decoded: a request then costs what
  * it costs a server in C, and never waits for the interpreter.
  *
- * What it does not hold itself, and everything that is no read, it passes on: reads as records into
- * a pipe, for the event loop (front.py); other requests as messages to pyfuse3, which takes the
- * socket for the device. Which fragments it may open, and which were checked, it is told by `name`
- * and `give`.
+ * What it does not hold itself, and everything that is no read, it passes on: reads, opens and
+ * closes as records into a pipe, for the event loop (front.py); other requests as messages to pyfuse3, which
+ * takes the socket for the device. Which fragments it may open, and which were checked, it is told
+ * by `name` and `give`.
  *
  * Source: Linux include/uapi/linux/fuse.h; fs/fuse/dev.c. A reply to a request that nobody waits
  * for any more fails with ENOENT, which is no error.
@@ -69,18 +69,24 @@ static void note(Front *front, struct record record)
     front->notes[front->noted++] = record;
 }
 
-/* Tells the event loop of a request; of reads that were answered and go on from others, a few at a
+/* Tells the event loop of a request, and of all that was noted before it. */
+static bool tell_at_once(Front *front, struct record record)
+{
+    front->notes[front->noted++] = record;
+    return tell_noted(front);
+}
+
+/* Tells the event loop of a read; of reads that were answered and go on from others, a few at a
  * time. False if it has ended. */
 static bool tell(Front *front, struct record record)
 {
     pthread_mutex_lock(&front->lock);
     bool goes_on = follow(front, record.number, record.offset, record.size);
     pthread_mutex_unlock(&front->lock);
-    if (record.kind == SERVED)
-        note(front, record);
-    else
-        front->notes[front->noted++] = record;
-    if (record.kind == SERVED && goes_on && front->noted < NOTES_MAX &&
+    if (record.kind != SERVED)
+        return tell_at_once(front, record);
+    note(front, record);
+    if (goes_on && front->noted < NOTES_MAX &&
         front->noted_bytes < NOTES_BYTES_MAX &&
         now_ns() - front->told_ns < NOTES_MS_MAX * (int64_t)1000000)
         return true;
@@ -143,6 +149,8 @@ static bool pass_on(Front *front, char *request, size_t size)
 {
     struct fuse_in_header *header = (struct fuse_in_header *)request;
 
+    if (header->opcode == FUSE_INIT)
+        note_greeting(front, request, size);
     if (header->opcode == FUSE_BATCH_FORGET &&
         size >= sizeof *header + sizeof(struct fuse_batch_forget_in))
         return pass_on_forgets(front, header, size);
@@ -162,6 +170,15 @@ static bool take(Front *front, char *request, size_t size)
 
     if (size < sizeof *header || header->opcode == FUSE_INTERRUPT)
         return true; /* nothing that takes time can be interrupted */
+    if (header->opcode == FUSE_OPEN && size >= sizeof *header + sizeof(struct fuse_open_in)) {
+        const struct fuse_open_in *open = (struct fuse_open_in *)(header + 1);
+        return tell_at_once(
+            front, (struct record){header->unique, header->nodeid, open->flags, 0, OPENS});
+    }
+    if (header->opcode == FUSE_RELEASE && size >= sizeof *header + sizeof(struct fuse_release_in)) {
+        const struct fuse_release_in *release = (struct fuse_release_in *)(header + 1);
+        return tell_at_once(front, (struct record){header->unique, release->fh, 0, 0, CLOSES});
+    }
     if (header->opcode != FUSE_READ)
         return pass_on(front, request, size);
     if (size < sizeof *header + sizeof(struct fuse_read_in)) {
@@ -213,7 +230,7 @@ static int serve(Front *front)
             break;
         }
     }
-    tell(front, (struct record){0, 0, 0, (uint32_t)error, ENDED});
+    tell_at_once(front, (struct record){0, 0, 0, (uint32_t)error, ENDED});
     return error;
 }
 
@@ -453,6 +470,7 @@ static PyObject *front_relay(Front *self, PyObject *unused)
             continue;
         if (size <= 0)
             break;
+        ask_for_passthrough(self, self->reply, (size_t)size);
         while (write(self->device, self->reply, (size_t)size) < 0 && errno == EINTR)
             ;
     }
@@ -468,6 +486,19 @@ static PyObject *front_stop(Front *self, PyObject *unused)
     (void)!write(self->stop, &one, sizeof one);
     shutdown(self->requests, SHUT_RDWR);
     Py_RETURN_NONE;
+}
+
+static PyObject *front_want_passthrough(Front *self, PyObject *unused)
+{
+    (void)unused;
+    self->wants_passthrough = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *front_has_passthrough(Front *self, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(self->has_passthrough);
 }
 
 static PyObject *front_counters(Front *self, PyObject *unused)
@@ -568,6 +599,10 @@ static PyMethodDef front_methods[] = {
      "is_due(fragment): whether its file is to be checked, and named again, before it is opened again"},
     {"answer", (PyCFunction)front_answer, METH_VARARGS,
      "answer(unique, number, offset, size): answer a read that was missed; False if it cannot"},
+    {"want_passthrough", (PyCFunction)front_want_passthrough, METH_NOARGS,
+     "want_passthrough(): ask the kernel for it when it greets; before serve() and relay()"},
+    {"has_passthrough", (PyCFunction)front_has_passthrough, METH_NOARGS,
+     "has_passthrough(): whether it was asked for, of a kernel that offered it"},
     {"counters", (PyCFunction)front_counters, METH_NOARGS, "counters(): (reads, bytes returned, files opened)"},
     {NULL, NULL, 0, NULL},
 };
@@ -596,7 +631,7 @@ PyMODINIT_FUNC PyInit__front(void)
     PyObject *type = PyType_FromSpec(&front_spec);
     /* front.py uses no module of another version: a file built for older sources. */
     if (!type || PyModule_AddObjectRef(created, "Front", type) ||
-        PyModule_AddIntConstant(created, "VERSION", 4) ||
+        PyModule_AddIntConstant(created, "VERSION", 5) ||
         PyModule_AddIntConstant(created, "PIECES_MAX", PIECES_MAX)) {
         Py_XDECREF(type);
         Py_DECREF(created);

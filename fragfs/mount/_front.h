@@ -1,5 +1,5 @@
 /* What the files of the front share: _held.c holds fragments, _reads.c answers reads with them,
- * _front.c takes requests and is what Python sees. */
+ * _greeting.c has the kernel agree to passthrough, _front.c takes requests and is what Python sees. */
 #ifndef FRAGFS_FRONT_H
 #define FRAGFS_FRONT_H
 
@@ -20,10 +20,10 @@
 #define PIECES_MAX 64 /* of a read that is answered; longer ones are missed */
 
 /* What the event loop is told; front.py unpacks it. */
-enum { SERVED = 0, MISSED = 1, ENDED = 2 };
+enum { SERVED = 0, MISSED = 1, ENDED = 2, OPENS = 3, CLOSES = 4 };
 
 struct record {
-    uint64_t unique, number, offset;
+    uint64_t unique, number, offset; /* offset: of OPENS the flags */
     uint32_t size, kind;
 };
 
@@ -79,6 +79,8 @@ typedef struct {
     size_t bytes_held, bytes_max;
     uint64_t clock, reads, bytes_returned, opened;
     char *request, *reply;   /* what passes through `serve` and `relay` */
+    bool wants_passthrough, has_passthrough;
+    uint64_t greeting; /* the request whose reply is to ask for it; 0: none */
     struct worker serving;   /* of the thread in `serve` */
     struct worker answering; /* of who calls `answer`, one at a time */
     struct record notes[NOTES_MAX + 1];
@@ -93,6 +95,12 @@ bool answer_read(Front *front, struct worker *worker, uint64_t unique, uint64_t 
 
 void open_pipe(struct worker *worker);
 void close_pipe(struct worker *worker);
+
+/* Remembers the greeting of a kernel that offers passthrough. */
+void note_greeting(Front *front, const char *request, size_t size);
+
+/* Asks for it in the reply to the greeting; leaves others as they are. */
+void ask_for_passthrough(Front *front, char *reply, size_t size);
 
 /* The lock is held by who calls these. */
 struct file **find_file(Front *front, uint64_t number);

@@ -284,6 +284,7 @@ def examine_mount(facts: MountFacts, system: SystemFacts) -> list[Finding]:
             found += _cache(facts, status, system)
             found += _front(status)
             found += _prefill(status, system)
+            found += _passthrough(facts, status)
             found += _decoders(facts, status)
             found += _errors(status)
     return [
@@ -541,6 +542,24 @@ def _prefill(status: dict[str, Any], system: SystemFacts) -> Iterator[Finding]:
             f" {_size(prefill.get('pushed_bytes', 0))} stored into the page cache"
             + (f", {failed:,} refused" if failed else ""),
         )
+
+
+def _passthrough(facts: MountFacts, status: dict[str, Any]) -> Iterator[Finding]:
+    passthrough = status.get("passthrough")
+    if passthrough is None:
+        why = (
+            "off, as --no-passthrough says"
+            if facts.options.get("passthrough") is False
+            else "off: only of a mount by root, with its cache in memory, the kernel takes files"
+        )
+    elif passthrough["refused"] is not None:
+        why = f"off: the kernel takes no files, which needs Linux 6.9 ({passthrough['refused']})"
+    else:
+        why = (
+            f"on: files that were read once are read by the kernel itself; it has"
+            f" {passthrough['files']:,}, opened {passthrough['opened']:,} times"
+        )
+    yield Finding(Severity.OK, "passthrough", why)
 
 
 def _decoders(facts: MountFacts, status: dict[str, Any]) -> Iterator[Finding]:

@@ -13,7 +13,6 @@ Where the module was not built there is no front, and pyfuse3 hands every read t
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import io
@@ -38,13 +37,18 @@ __all__ = ["Front", "Reads", "find_front_module"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 4
+_VERSION = 5
 """Of the module and what it takes; raised with every change to it, here and in the source."""
 
 _RECORD = struct.Struct("=QQQII")
-"""Request, content, offset, size, kind; of the last kind: an errno in the place of the size."""
+"""Request, content, offset, size, kind; of `_ENDED` an errno in the place of the size, of `_OPENS`
+the flags in the place of the offset."""
 
-_SERVED, _MISSED, _ENDED = range(3)
+_SERVED, _MISSED, _ENDED, _OPENS, _CLOSES = range(5)
+_OPEN_REPLY = struct.Struct("=QIi")
+"""Handle, flags, what the kernel is to read."""
+
+_KEEP_CACHE, _PASSTHROUGH = 1 << 1, 1 << 7
 _COPIED_BYTES_MAX = 64 << 10
 """Fragments at hand as bytes are given up to this size: giving them makes a copy."""
 
@@ -68,6 +72,15 @@ def find_front_module() -> ModuleType | None:
 
 class Reads(Protocol):
     """Who knows of contents and fragments; `mount.operations` in a mount."""
+
+    async def open_content(self, number: int, flags: int) -> int:
+        """Open a handle; gives what the kernel is to read instead of asking, or 0.
+
+        Raises FUSEError.
+        """
+
+    def close_content(self, handle: int) -> None:
+        """Close a handle; comes after all that was read by it."""
 
     def note_read(self, handle: int, offset: int, size: int) -> None:
         """Learn of a read; called for each, in the order in which they came."""
@@ -138,9 +151,48 @@ class Front:
                         if kind == _ENDED:
                             nursery.cancel_scope.cancel()
                             return int(size)
+                        if kind == _OPENS:
+                            nursery.start_soon(self._open, reads, request, content, offset)
+                            continue
+                        if kind == _CLOSES:
+                            self._close(reads, request, content)
+                            continue
                         _note(reads, content, offset, size)
                         if kind == _MISSED:
                             nursery.start_soon(self._answer, reads, request, content, offset, size)
+
+    async def _open(self, reads: Reads, request: int, number: int, flags: int) -> None:
+        try:
+            backing = await reads.open_content(number, flags)
+        except FUSEError as error:
+            self._refuse(request, error.errno)
+            return
+        except Exception:
+            log.exception("an open failed")
+            self._refuse(request, errno.EIO)
+            return
+        reply = _OPEN_REPLY.pack(number, _PASSTHROUGH if backing else _KEEP_CACHE, backing)
+        header = OUT_HEADER.pack(OUT_HEADER.size + len(reply), 0, request)
+        if not self._send(header, reply):
+            reads.close_content(number)
+
+    def _close(self, reads: Reads, request: int, handle: int) -> None:
+        try:
+            reads.close_content(handle)
+        except Exception:
+            log.exception("a close failed")
+        self._send(OUT_HEADER.pack(OUT_HEADER.size, 0, request))
+
+    def _refuse(self, request: int, number: int) -> None:
+        self._send(OUT_HEADER.pack(OUT_HEADER.size, -number, request))
+
+    def _send(self, *reply: bytes | memoryview | bytearray) -> bool:
+        """Answer a request; False if nobody waits for it any more."""
+        try:
+            os.writev(self.device, reply)
+        except OSError:
+            return False
+        return True
 
     async def _answer(
         self, reads: Reads, request: int, content: int, offset: int, size: int
@@ -154,15 +206,13 @@ class Front:
             if is_prepared and self._front.answer(request, content, offset, size):
                 return
             data = await reads.read_content(content, offset, size)
-            reply = [OUT_HEADER.pack(OUT_HEADER.size + len(data), 0, request), data]
+            self._send(OUT_HEADER.pack(OUT_HEADER.size + len(data), 0, request), data)
         except FUSEError as error:
-            reply = [OUT_HEADER.pack(OUT_HEADER.size, -error.errno, request)]
+            self._refuse(request, error.errno)
         except Exception:
             # Nothing that goes wrong in one read may end the mount.
             log.exception("a read failed")
-            reply = [OUT_HEADER.pack(OUT_HEADER.size, -errno.EIO, request)]
-        with contextlib.suppress(OSError):  # nobody waits for it any more
-            os.writev(self.device, reply)
+            self._refuse(request, errno.EIO)
 
     def close(self) -> None:
         """Stop, and give up the device; whoever still reads gets errors from now on."""
@@ -180,6 +230,10 @@ class Front:
         """Reads it answered, the bytes of them, and how many fragments it opened."""
         reads, bytes_returned, opened = self._front.counters()
         return reads, bytes_returned, opened
+
+    def want_passthrough(self) -> None:
+        """Ask the kernel for passthrough when it greets; before `run`."""
+        self._front.want_passthrough()
 
     def use_cache(self, shared: SharedFragmentCache) -> None:
         """Tell it where the files are that it may open.

@@ -183,7 +183,18 @@ class MountOperations(pyfuse3.Operations):
 
     @answering
     async def open(self, number: int, flags: int, ctx: RequestContext) -> FileInfo:
-        """Open a file for reading.
+        """Open a file for reading, where no front takes this request."""
+        self._open_content(number, flags)
+        return FileInfo(fh=number, keep_cache=True, direct_io=False)
+
+    @answering
+    async def open_content(self, number: int, flags: int) -> int:
+        """Open a file for reading; gives what the kernel is to read instead of asking, or 0."""
+        self._open_content(number, flags)
+        return self._reading.backing(number)
+
+    def _open_content(self, number: int, flags: int) -> None:
+        """Open one more handle.
 
         A content that is gone is answered with ESTALE: the kernel then looks the name up again,
         and the caller gets what is there now, or ENOENT.
@@ -197,7 +208,6 @@ class MountOperations(pyfuse3.Operations):
             raise FUSEError(errno.ESTALE) from error
         if not is_open:
             self._reading.open_file(self._contents[number])
-        return FileInfo(fh=number, keep_cache=True, direct_io=False)
 
     @answering
     async def read(  # type: ignore[override]  # pyfuse3 sends any contiguous buffer
@@ -240,9 +250,14 @@ class MountOperations(pyfuse3.Operations):
     @answering
     async def release(self, handle: int) -> None:
         """Close one handle of a file."""
+        self.close_content(handle)
+
+    def close_content(self, handle: int) -> None:
+        """Close one handle of a file."""
+        content = self._contents[handle]
         self._contents.close(handle)
         if handle not in self._contents:
-            self._reading.close_file(handle)
+            self._reading.close_file(content)
 
     # --- the rest
 

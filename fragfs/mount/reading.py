@@ -17,6 +17,7 @@ from fragfs.library.library import FragmentLibrary
 from fragfs.mount.abort import can_abort
 from fragfs.mount.front import Front
 from fragfs.mount.options import MountOptions
+from fragfs.mount.passthrough import Passthrough
 from fragfs.mount.prefill import Prefill, Pusher
 from fragfs.mount.pusher import PusherOptions
 from fragfs.mount.table import MountEntry
@@ -82,6 +83,7 @@ class MountReading:
         self._front: Front | None = None
         self._prefill: Prefill | None = None
         self._pusher: Pusher | None = None
+        self._passthrough: Passthrough | None = None
         self._reads = 0
         self._bytes_returned = 0
 
@@ -93,11 +95,15 @@ class MountReading:
             front: What answers its reads; None if that is only this.
         """
         self._front = front
-        if front is not None and self._cache.shared is not None:
+        shared = self._cache.shared
+        if front is not None and shared is not None:
             try:
-                front.use_cache(self._cache.shared)
+                front.use_cache(shared)
             except (OSError, MemoryError) as error:
                 log.warning("fragments will be given to the front one by one: %s", error)
+            if self._options.passthrough and shared.place.in_memory and os.geteuid() == 0:
+                front.want_passthrough()
+                self._passthrough = Passthrough(front.device, shared, self._library.identities)
         if self._pool is not None:
             self._pool.start()
         if not self._options.prefill or self._place is None:
@@ -126,7 +132,9 @@ class MountReading:
         )
 
     def close(self) -> None:
-        """End the helper that holds the mount's device; the others end with the nursery."""
+        """End what holds the mount's device; the others end with the nursery."""
+        if self._passthrough is not None:
+            self._passthrough.close()
         if self._pusher is not None:
             self._pusher.close()
 
@@ -143,16 +151,26 @@ class MountReading:
         """A file was opened."""
         if self._front is not None:
             self._front.open_file(content)
+        if self._passthrough is not None:
+            self._passthrough.open_file(content)
 
-    def close_file(self, number: int) -> None:
+    def backing(self, number: int) -> int:
+        """What the kernel calls the file that it reads for an open content; 0 if it asks here."""
+        return self._passthrough.backing(number) if self._passthrough is not None else 0
+
+    def close_file(self, content: OpenContent) -> None:
         """Nobody has a file open any more."""
         if self._front is not None:
-            self._front.close_file(number)
+            self._front.close_file(content.number)
+        if self._passthrough is not None:
+            self._passthrough.close_file(content)
 
     def on_read(self, content: OpenContent, offset: int, size: int) -> None:
         """Note a read that was asked for."""
         if self._prefill is not None:
             self._prefill.on_read(content, offset, size)
+        if self._passthrough is not None:
+            self._passthrough.note_read(content.number, size)
 
     async def prepare(self, content: OpenContent, offset: int, size: int) -> bool:
         """Have the front able to answer a read; False if it could not even then.
@@ -216,6 +234,7 @@ class MountReading:
             "options": self._asked(),
             "cache": None,
             "prefill": None,
+            "passthrough": self._passthrough.status() if self._passthrough else None,
         }
         shared = self._cache.shared
         if shared is not None:
@@ -248,6 +267,7 @@ class MountReading:
         return {
             "cache_bytes_max": self._options.cache_bytes_max,
             "cache_directory": None if directory is None else os.fspath(directory),
+            "passthrough": self._options.passthrough,
             "prefill": self._options.prefill,
             "read_ahead_kb": self._options.read_ahead_kb,
         }

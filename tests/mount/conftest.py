@@ -54,6 +54,7 @@ class Mounts:
         self._directory = directory
         self._count = 0
         self.reports = []
+        self.defaults = {}
 
     def __call__(self, library, mountpoint=None, **options):
         """Mount a library; the report's `log` is the daemon's log file."""
@@ -61,7 +62,7 @@ class Mounts:
             self._count += 1
             mountpoint = self._directory / f"mount{self._count}"
             mountpoint.mkdir()
-        options.setdefault("log_file", self.log)
+        options = {"log_file": self.log} | self.defaults | options
         report = mount(MountOptions(library, mountpoint, **options))
         self.reports.append(report)
         return report
@@ -120,9 +121,9 @@ def library_path(tmp_path_factory, source):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, library_path):
-    """One mount of that library for all tests that only read."""
+    """One mount of that library for all tests that only read; it is asked for every page."""
     made = Mounts(tmp_path_factory.mktemp("shared"))
-    report = made(library_path)
+    report = made(library_path, passthrough=False)
     yield report.mountpoint
     made.close()
 

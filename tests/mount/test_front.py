@@ -29,8 +29,13 @@ IN_HEADER = struct.Struct("=IIQQIIIHH")
 READ_IN = struct.Struct("=QQIIQII")
 OUT_HEADER = struct.Struct("=IiQ")
 RECORD = struct.Struct("=QQQII")
-SERVED, MISSED, ENDED = range(3)
-LOOKUP, READ, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 1, 15, 28, 36, 42, 44
+SERVED, MISSED, ENDED, OPENS, CLOSES = range(5)
+LOOKUP, OPEN, READ, RELEASE, INIT, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = (
+    *(1, 14, 15, 18, 26),
+    *(28, 36, 42, 44),
+)
+INIT_IN = INIT_OUT = struct.Struct("=16I")
+EXTENDED, PASSTHROUGH = 1 << 30, 1 << 5
 
 COARSE_S = 0.02
 """The clock of a file's times is a coarse one: what follows a cache may look older than it."""
@@ -516,6 +521,64 @@ def test_forgets_by_the_thousand_pass_in_parts(bench):
     assert seen == forgets
 
 
+def test_opens_are_told_of(bench):
+    bench.ask(OPEN, 8, struct.pack("=II", os.O_RDONLY | os.O_DIRECT, 0))
+    assert bench.notes() == [(8, FILE, os.O_RDONLY | os.O_DIRECT, 0, OPENS)]
+
+
+def test_a_close_is_told_of_after_the_reads_before_it(bench):
+    bench.give_parts()
+    bench.read(0, 1)
+    bench.notes()
+    bench.read(1, 2)  # kept back for others
+    bench.ask(RELEASE, 8, struct.pack("=QIIQ", FILE, 0, 0, 0))
+    told = bench.notes()
+    while told[-1][4] != CLOSES:
+        told += bench.notes()
+    assert told == [(5, FILE, 1, 2, SERVED), (8, FILE, 0, 0, CLOSES)]
+
+
+def greet(bench, asked, answered, error=0, size=INIT_OUT.size):
+    """What the kernel gets for an answer to its greeting, as sixteen numbers."""
+    bench.ask(INIT, 2, INIT_IN.pack(7, 42, 131072, *asked, *bytes(11)))
+    assert IN_HEADER.unpack_from(bench.pyfuse3.recv(1 << 20))[1:3] == (INIT, 2)
+    body = b"" if error else INIT_OUT.pack(7, 38, 131072, *answered, *bytes(16 - 3 - len(answered)))
+    body = body[:size]
+    bench.pyfuse3.send(OUT_HEADER.pack(OUT_HEADER.size + len(body), -error, 2) + body)
+    unique, told, body = bench.reply()
+    assert (unique, told) == (2, error)
+    return INIT_OUT.unpack(body) if len(body) == INIT_OUT.size else body
+
+
+def test_passthrough_is_asked_for_in_the_answer_to_the_greeting(bench):
+    bench.front.want_passthrough()
+    answer = greet(bench, (EXTENDED | 5, PASSTHROUGH | 2), (9, 1, 2, 3, 4))
+    assert answer == (7, 38, 131072, EXTENDED | 9, 1, 2, 3, 4, PASSTHROUGH, 1, *[0] * 6)
+    assert bench.front.has_passthrough()
+
+
+@pytest.mark.parametrize(
+    ("is_wanted", "asked"),
+    [
+        (False, (EXTENDED, PASSTHROUGH)),
+        (True, (0, PASSTHROUGH)),
+        (True, (EXTENDED, ~PASSTHROUGH & 0xFFFFFFFF)),
+    ],
+)
+def test_passthrough_is_asked_for_only_where_it_is_offered(bench, is_wanted, asked):
+    if is_wanted:
+        bench.front.want_passthrough()
+    assert greet(bench, asked, (9, 1)) == (7, 38, 131072, 9, 1, *[0] * 11)
+    assert not bench.front.has_passthrough()
+
+
+def test_a_greeting_that_was_refused_or_of_an_old_libfuse(bench):
+    bench.front.want_passthrough()
+    assert greet(bench, (EXTENDED, PASSTHROUGH), (), error=errno.EPROTO) == b""
+    assert len(greet(bench, (EXTENDED, PASSTHROUGH), (9,), size=24)) == 24
+    assert not bench.front.has_passthrough()
+
+
 @pytest.mark.parametrize("opcode", [READDIR, READDIRPLUS])
 def test_listings_fit_the_socket(bench, opcode):
     bench.ask(opcode, 8, READ_IN.pack(3, 9, 1 << 20, 0, 0, 0, 0))
@@ -607,10 +670,24 @@ def test_while_fragments_come_and_go(tmp_path):
 class FakeReads:
     """Answers as it is told; notes what it is told of."""
 
-    def __init__(self, prepared=None, answer=b"from Python"):
+    def __init__(self, prepared=None, answer=b"from Python", opened=0):
         self.prepared = prepared
         self.answer = answer
+        self.opened = opened
         self.noted = []
+        self.closed = trio.Event()
+
+    async def open_content(self, number, flags):
+        await trio.lowlevel.checkpoint()
+        if isinstance(self.opened, Exception):
+            raise self.opened
+        return self.opened
+
+    def close_content(self, handle):
+        assert handle == FILE
+        self.closed.set()
+        if self.opened is None:
+            raise ValueError("a bug")
 
     def note_read(self, handle, offset, size):
         self.noted.append((handle, offset, size))
@@ -645,8 +722,16 @@ class Kernel:
         self.socket.settimeout(20)
 
     def ask_read(self, unique, offset, size):
-        body = READ_IN.pack(FILE, offset, size, 0, 0, 0, 0)
-        header = IN_HEADER.pack(IN_HEADER.size + len(body), READ, unique, FILE, 0, 0, 0, 0, 0)
+        self._ask(READ, unique, READ_IN.pack(FILE, offset, size, 0, 0, 0, 0))
+
+    def ask_open(self, unique):
+        self._ask(OPEN, unique, bytes(8))
+
+    def ask_close(self, unique):
+        self._ask(RELEASE, unique, struct.pack("=QIIQ", FILE, 0, 0, 0))
+
+    def _ask(self, opcode, unique, body):
+        header = IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, FILE, 0, 0, 0, 0, 0)
         self.socket.sendall(header + body)
 
     async def reply(self):
@@ -720,6 +805,56 @@ async def test_reads_that_fail_are_answered_and_the_mount_goes_on(kernel, answer
 
     assert await serve(kernel, reads, ask) == [errno.ENODEV]
     assert len(reads.noted) == 2
+
+
+@pytest.mark.parametrize(("backing", "flags"), [(0, 1 << 1), (3, 1 << 7)])
+async def test_opens_are_answered(kernel, backing, flags):
+    async def ask():
+        kernel.ask_open(4)
+        assert await kernel.reply() == (4, 0, struct.pack("=QIi", FILE, flags, backing))
+
+    await serve(kernel, FakeReads(opened=backing), ask)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [(FUSEError(errno.ESTALE), errno.ESTALE), (ValueError("a bug"), errno.EIO)],
+)
+async def test_opens_that_fail_are_answered_and_the_mount_goes_on(kernel, error, number):
+    async def ask():
+        for unique in (1, 2):
+            kernel.ask_open(unique)
+            assert await kernel.reply() == (unique, number, b"")
+
+    await serve(kernel, FakeReads(opened=error), ask)
+
+
+@pytest.mark.parametrize("opened", [0, None])
+async def test_closes_are_answered_whatever_goes_wrong(kernel, opened):
+    reads = FakeReads(opened=opened)
+
+    async def ask():
+        kernel.ask_close(4)
+        assert await kernel.reply() == (4, 0, b"")
+        assert reads.closed.is_set()
+
+    assert await serve(kernel, reads, ask) == [errno.ENODEV]
+
+
+async def test_what_was_opened_for_nobody_is_closed(kernel, monkeypatch):
+    reads = FakeReads()
+
+    async def ask():
+        monkeypatch.setattr(kernel.front, "device", os.open("/dev/null", os.O_RDONLY))
+        kernel.ask_open(4)
+        with trio.fail_after(20):
+            await reads.closed.wait()
+        os.close(kernel.front.device)
+        monkeypatch.undo()
+
+    device = kernel.front.device
+    await serve(kernel, reads, ask)
+    assert kernel.front.device == device
 
 
 async def test_it_can_be_closed_while_it_serves(kernel):

@@ -69,6 +69,13 @@ def fragment_count(made):
     return len(wanted)
 
 
+@pytest.fixture
+def mounts(mounts):
+    """Mounts that are asked for every page: what the kernel reads itself is not stored ahead."""
+    mounts.defaults["passthrough"] = False
+    return mounts
+
+
 @pytest.fixture(autouse=True)
 def _ended():
     """Ends and closes the readers that a failed test left."""

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import mmap
 import os
 import random
@@ -15,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.mount import soak_shards
-from tests.mount.support import Reader, drop_pages, run_reader, source_files
+from tests.mount.conftest import Mounts
+from tests.mount.support import Reader, drop_pages, run_reader, source_files, wait_until
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
@@ -33,8 +35,34 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-@pytest.fixture
-def cold(model):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, library_path, source):
+    """The model, mounted so that the kernel reads what it can itself."""
+    made = Mounts(tmp_path_factory.mktemp("whole"))
+    mountpoint = made(library_path).mountpoint
+    for name in source_files(source):
+        with open(os.path.join(os.fsencode(mountpoint / "org" / "model"), name), "rb") as file:
+            file.read()
+    large = [
+        name
+        for name in source_files(source)
+        if (source / os.fsdecode(name)).stat().st_size >= 1 << 20
+    ]
+
+    def is_done():
+        found = json.loads(os.getxattr(mountpoint, "user.fragfs.status"))["passthrough"]
+        return found is None or found["refused"] is not None or found["files"] >= len(large)
+
+    wait_until(is_done, 20)
+    yield mountpoint / "org" / "model"
+    made.close()
+
+
+@pytest.fixture(params=["asked", "whole"])
+def cold(request, model):
+    """The mounted model, no page of it cached."""
+    if request.param == "whole":
+        return request.getfixturevalue("whole")
     drop_pages(model)
     return model
 

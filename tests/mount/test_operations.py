@@ -34,8 +34,8 @@ class Reading:
     def open_file(self, content):
         self.told.append(("open", content.number))
 
-    def close_file(self, number):
-        self.told.append(("close", number))
+    def close_file(self, content):
+        self.told.append(("close", content.number))
 
     def on_read(self, content, offset, size):
         self.told.append(("read", content.number, offset, size))

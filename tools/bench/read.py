@@ -6,11 +6,14 @@ The states of the file that is read:
 - squashfs, squashfuse: in an image compressed with zstd, which is in the page cache.
 - c: shown by a minimal FUSE server in C out of its memory; the mount's pages cold.
 - cold: fragfs, nothing decoded, packs in the page cache.
-- a: fragfs, all fragments of the model in the fragment cache, the mount's pages cold.
-- a_new: the same, through another mount, which has served nothing yet.
-- a_plain: as a, on a mount that fills no pages before they are asked for.
+- a: fragfs, all of the model in the fragment cache, the mount's pages cold. Of a mount by root the
+  cache then has the file as a whole, for the kernel to read (passthrough).
+- a_asked: the same, but the mount is asked for every page.
+- a_new: as a, through another mount, which has served nothing yet.
+- a_plain: as a_asked, on a mount that fills no pages before they are asked for.
 - b: a fine-tune, after its base was read through the same mount: its residuals never decoded.
-- warm: fragfs, everything in the mount's page cache.
+- warm: fragfs, the model was read right before.
+- warm_asked: the same as a_asked: everything in the mount's page cache.
 """
 
 from __future__ import annotations
@@ -54,22 +57,28 @@ from tools.bench.workplace import BenchError, fragfs, has_fuse, new_library, run
 __all__ = ["METHODS", "STATES", "WIDE_METHODS", "measure_read"]
 
 METHODS: dict[str, frozenset[str]] = {
-    "load": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
-    "read": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
-    "mmap": frozenset("disk tmpfs squashfs squashfuse c cold a a_new a_plain b warm".split()),
-    "names": frozenset("disk c a".split()),
-    "natural": frozenset("disk c cold a".split()),
-    "sequential": frozenset("disk c cold a a_new a_plain b".split()),
-    "populate": frozenset("disk tmpfs c cold a a_plain".split()),
-    "shuffled": frozenset("disk c cold a a_new b".split()),
-    "touch": frozenset("disk squashfs squashfuse c cold a a_new".split()),
-    "threads": frozenset("disk c cold a".split()),
-    "backwards": frozenset("disk cold a".split()),
+    "load": frozenset(
+        "disk tmpfs squashfs squashfuse c cold a a_asked a_new a_plain b warm warm_asked".split()
+    ),
+    "read": frozenset(
+        "disk tmpfs squashfs squashfuse c cold a a_asked a_new a_plain b warm warm_asked".split()
+    ),
+    "mmap": frozenset(
+        "disk tmpfs squashfs squashfuse c cold a a_asked a_new a_plain b warm warm_asked".split()
+    ),
+    "names": frozenset("disk c a a_asked".split()),
+    "natural": frozenset("disk c cold a a_asked".split()),
+    "sequential": frozenset("disk c cold a a_asked a_new a_plain b".split()),
+    "populate": frozenset("disk tmpfs c cold a a_asked a_plain".split()),
+    "shuffled": frozenset("disk c cold a a_asked a_new b".split()),
+    "touch": frozenset("disk squashfs squashfuse c cold a a_asked a_new".split()),
+    "threads": frozenset("disk c cold a a_asked".split()),
+    "backwards": frozenset("disk cold a a_asked".split()),
     "processes": frozenset("disk cold".split()),
 }
 """Who reads what: rows that would only repeat another one are left out, they take minutes."""
 
-STATES = "disk tmpfs squashfs squashfuse c a a_new a_plain warm cold b".split()
+STATES = "disk tmpfs squashfs squashfuse c a a_asked a_new a_plain warm warm_asked cold b".split()
 """What is compared with each other stands side by side; odd rounds go backwards."""
 
 _NEW_MOUNTS = ("cold", "b", "a_new")
@@ -82,6 +91,8 @@ _BUDGET_S = 480
 """No round is started that would end later, on a slow or busy machine."""
 _TOUCHED_BYTES = 128 << 20
 _NO_PREFILL = "--no-prefill"
+_NO_PASSTHROUGH = "--no-passthrough"
+_PUT_TOGETHER_S = 10.0
 
 
 @dataclass
@@ -174,8 +185,9 @@ def _prepare(setting: Setting, stack: ExitStack) -> _Place:
         fragfs("add", path, "--name", state, library=other)
     place.files["disk"] = plain
     _start_others(place, stack)
-    if not mount_offers(_NO_PREFILL):
-        place.notes.append(f"`fragfs mount` has no {_NO_PREFILL}: there is no such column.")
+    for option in (_NO_PREFILL, _NO_PASSTHROUGH):
+        if not mount_offers(option):
+            place.notes.append(f"`fragfs mount` has no {option}: there is no such column.")
     if not mount_offers("--cache-dir"):
         place.notes.append("`fragfs mount` has no --cache-dir: switch A decodes once more.")
     return place
@@ -214,14 +226,23 @@ def _measure_round(place: _Place, number: int) -> None:
     _measure_decoding(place, number)
     with ExitStack() as stack:
         files, servers = dict(place.files), dict(place.servers)
-        for state, options in (("a", ()), ("a_plain", (_NO_PREFILL,))):
+        for state, options in (
+            ("a", ()),
+            ("a_asked", (_NO_PASSTHROUGH,)),
+            ("a_plain", (_NO_PASSTHROUGH, _NO_PREFILL)),
+        ):
             if all(map(mount_offers, options)):
                 server = stack.enter_context(fragfs_mount(place.library, *options))
                 servers[state], files[state] = server, place.shown(server, place.plain)
                 # Fills the fragment cache; what it leaves in the page cache is dropped each time.
                 place.host.run("read", files[state], 2 * place.size)
+        if not _wait_until_whole(servers["a"]):
+            place.notes.append("No passthrough here: switch A is asked for every page as well.")
         _set_read_aheads(servers, _READ_AHEAD_KB)
-        servers["warm"], files["warm"] = servers["a"], files["a"]
+        for state in ("a", "a_asked"):
+            if state in files:
+                warm = state.replace("a", "warm", 1)
+                servers[warm], files[warm] = servers[state], files[state]
         for method, states in METHODS.items():
             if method in ("load", "processes") and place.host.loader is None:
                 continue
@@ -254,8 +275,23 @@ def _refresh_memory(place: _Place) -> None:
         place.host.run("load", place.plain, 0)
 
 
+def _wait_until_whole(server: Server) -> bool:
+    """Wait until the kernel can read a file that was read; False if it will not."""
+    deadline = time.monotonic() + _PUT_TOGETHER_S
+    while time.monotonic() < deadline:
+        passthrough = server.status().get("passthrough")
+        if passthrough is None or passthrough["refused"] is not None:
+            return False
+        if passthrough["files"]:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def _set_read_aheads(servers: dict[str, Server], kilobytes: int) -> bool:
-    chosen = [server for state, server in servers.items() if state in ("c", "a", "a_plain")]
+    chosen = [
+        server for state, server in servers.items() if state in ("c", "a", "a_asked", "a_plain")
+    ]
     return all([set_read_ahead(server.mountpoint, kilobytes) for server in chosen])
 
 
@@ -275,10 +311,12 @@ def _measure_one(
         return _read_new(place, place.library, place.plain, method, cache_directory=cache_directory)
     if state in ("disk", "tmpfs"):
         return _sample(place, None, files[state], method, 0)
-    if state == "warm":
+    if state in ("warm", "warm_asked"):
         place.host.run("read", files[state], place.size)
         return _sample(place, servers[state], files[state], method, 0)
     leftover = drop_pages(files[state])
+    if (servers[state].status().get("passthrough") or {}).get("files"):
+        leftover = 0.0  # what is seen there are the pages of the cache's own file
     return _sample(place, servers[state], files[state], method, place.size, leftover)
 
 
@@ -344,7 +382,7 @@ def _measure_wide(
     for method in WIDE_METHODS:
         if method == "load" and place.host.loader is None:
             continue
-        for state in ("c", "a")[:: -1 if number % 2 else 1]:
+        for state in ("c", "a", "a_asked")[:: -1 if number % 2 else 1]:
             if state in files:
                 sample = _measure_one(place, state, method, files, servers)
                 place.samples.add(f"{state}_wide", method, number, sample)

@@ -32,18 +32,23 @@ _STATES = {
     "c": "C server",
     "cold": "cold",
     "a": "switch A",
+    "a_asked": "A, no passthrough",
     "a_new": "A, new mount",
     "a_plain": "A, no prefill",
     "b": "switch B",
     "warm": "warm",
+    "warm_asked": "warm, no passthrough",
 }
 
 _RATIOS = (
     ("warm", "disk"),
+    ("warm_asked", "disk"),
     ("a", "c"),
+    ("a_asked", "c"),
     ("a_new", "c"),
     ("a_plain", "c"),
     ("a", "disk"),
+    ("a_asked", "disk"),
     ("b", "c"),
     ("cold", "c"),
     ("cold", "disk"),
@@ -55,6 +60,7 @@ _TOUCHED = {
     "cold_small": "cold, level `small`, 128 MiB",
 }
 
+_SERVED = frozenset(_STATES) - {"disk", "tmpfs", "squashfs", "squashfuse"}
 _UNKNOWN = "-"
 
 
@@ -111,10 +117,11 @@ def _rates(samples: Samples, facts: ReadFacts) -> Table:
             " Disk and tmpfs: a plain file in the page cache. squashfs (kernel) and squashfuse:"
             " zstd, the image in the page cache. C server: one thread over the raw file in memory,"
             " the mount's pages cold. Cold: a new mount and an empty fragment cache, packs in the"
-            " page cache. Switch A: fragments of the model cached, the mount's pages dropped; new"
-            " mount: the same cache, another mount that has served nothing. Switch B: a fine-tune"
-            " whose base was read, its own residuals never decoded. Warm: everything in the mount's"
-            " page cache. Read-ahead of the C server and of fragfs:"
+            " page cache. Switch A: the model in the fragment cache, the mount's pages dropped; of"
+            " a mount by root the kernel reads it from there (passthrough). New mount: the same"
+            " cache, another mount that has served nothing. No prefill: nor passthrough. Switch B:"
+            " a fine-tune whose base was read, its own residuals never decoded. Warm: read right"
+            " before. Read-ahead of the C server and of fragfs:"
             f" {facts.read_ahead_kb} KiB, or what the system says where this is not root.",
             *facts.notes,
         ],
@@ -171,7 +178,7 @@ def _ratios(samples: Samples, facts: ReadFacts) -> Table:
             table.add(_label(method, facts), *map(_text, found.values()))
             for name, value in found.items():
                 _put(table, f"read.{method}.{name}", value)
-    for state in ("cold", "a"):
+    for state in ("cold", "a", "a_asked"):
         threads = samples.ratio((state, "threads"), (state, "read"))
         _put(table, f"read.threads.{state}_of_one", threads)
         backwards = samples.ratio((state, "backwards"), (state, "read"))
@@ -206,17 +213,22 @@ def _touches(samples: Samples) -> Table:
 
 
 def _wide(samples: Samples, facts: ReadFacts) -> Table:
+    states = ("c", "a", "a_asked")
     table = Table(
         f"Read: GB/s where the kernel reads ahead by {facts.wide_read_ahead_kb} KiB",
-        ["", _STATES["c"], _STATES["a"], "A / C server"],
+        ["", *(_STATES[state] for state in states), "A / C server", "A, no passthrough / C server"],
     )
     for method in READ_METHODS:
-        theirs, ours = (samples.rate(f"{state}_wide", method) for state in ("c", "a"))
-        if ours is not None:
-            ratio = samples.ratio(("a_wide", method), ("c_wide", method))
-            cells = (_text(theirs, scale=1e9), _text(ours, scale=1e9), _text(ratio))
-            table.add(_label(method, facts), *cells)
-            _put(table, f"read.{method}.a_wide_of_c_wide", ratio)
+        rates = [samples.rate(f"{state}_wide", method) for state in states]
+        if any(rates):
+            ratios = {
+                state: samples.ratio((f"{state}_wide", method), ("c_wide", method))
+                for state in states[1:]
+            }
+            cells = [_text(rate, scale=1e9) for rate in rates]
+            table.add(_label(method, facts), *cells, *map(_text, ratios.values()))
+            for state, ratio in ratios.items():
+                _put(table, f"read.{method}.{state}_wide_of_c_wide", ratio)
     return table
 
 
@@ -259,7 +271,7 @@ def _costs(samples: Samples, facts: ReadFacts) -> Table:
             " server does not count is -."
         ],
     )
-    for state in ("c", "cold", "a", "a_new", "a_plain", "b", "warm"):
+    for state in (state for state in _STATES if state in _SERVED):
         for method in READ_METHODS:
             found = samples.of(state, method)
             if found:

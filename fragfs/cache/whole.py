@@ -1,0 +1,271 @@
+"""Whole files: all bytes of one content in one file of the cache, put together of its fragments.
+
+The kernel can be given such a file to read instead of asking (`mount.passthrough`). Named after the
+content's SHA-256; written, published, evicted and trimmed as fragments are (`shared`), and only in
+shared memory.
+
+A fragment is checked when it is copied. A file that another process put together is checked against
+its name before it is used. What was checked is remembered with its XXH3, to be checked again.
+
+Where there is no room for a content twice its fragments leave one by one as they are copied, but
+those that others are predicted from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from fragfs.cache.pages import LARGE_PAGE_BYTES, collapse_pages
+from fragfs.cache.shared import SharedFragmentCache
+from fragfs.types import FragmentIdentity
+
+__all__ = ["WHOLE_BYTES_MIN", "Part", "WholeFiles"]
+
+log = logging.getLogger(__name__)
+
+WHOLE_BYTES_MIN = 1 << 20
+"""Smaller contents are read in a request or two."""
+
+_SHARE_OF_BUDGET = 2
+_STEP_BYTES = 1 << 20
+_PREFIX = "w"
+"""No fragment's name begins with it: those are hexadecimal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of a content: the bytes from `start` on, `size` of them, of a fragment."""
+
+    fragment: FragmentIdentity
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A file that was checked: its inode, and the XXH3-64 of its bytes."""
+
+    inode: int
+    checksum: int
+
+
+class WholeFiles:
+    """The whole files of one cache. `open` belongs to one thread, what makes and checks to another.
+
+    Args:
+        shared: The cache.
+    """
+
+    def __init__(self, shared: SharedFragmentCache) -> None:
+        self._shared = shared
+        self._known: dict[bytes, _Known] = {}
+
+    def takes(self, size: int) -> bool:
+        """Whether a content of so many bytes may be put together."""
+        return WHOLE_BYTES_MIN <= size <= self._shared.files_bytes_max // _SHARE_OF_BUDGET
+
+    def open(self, sha256: bytes, size: int) -> int | None:
+        """The descriptor of a content's file, or None if there is none that was checked."""
+        known = self._known.get(sha256)
+        if known is None or self._shared.is_suspect():
+            return None
+        found = self._open(sha256, size)
+        if found is None or os.fstat(found).st_ino != known.inode:
+            self._known.pop(sha256, None)
+            if found is not None:
+                os.close(found)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(found)  # it leaves later than what was not used since
+        return found
+
+    def make(self, sha256: bytes, parts: Sequence[Part], is_wanted: Callable[[], bool]) -> bool:
+        """Put a content together; True if its file is there then, and was checked.
+
+        Args:
+            sha256: Its SHA-256.
+            parts: All of it, in order.
+            is_wanted: Asked between two parts; False ends it.
+        """
+        size = sum(part.size for part in parts)
+        if not self.takes(size):
+            return False
+        found = self._open(sha256, size)
+        if found is not None:
+            try:
+                return self._adopt(sha256, found, is_wanted)
+            finally:
+                os.close(found)
+        # Where every byte is to be checked when it is read, the kernel may not read by itself.
+        if self._shared.is_suspect() or not all(
+            self._shared.holds(fragment.id) for fragment in _distinct(parts)
+        ):
+            return False
+        temporary = self._shared.temporary(_name(sha256))
+        try:
+            known = self._write(temporary, size, parts, is_wanted)
+            if known is not None:
+                os.rename(temporary, self._path(sha256))
+        except OSError as error:
+            log.debug("no whole file: %s", error)
+            known = None
+        if known is None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            return False
+        self._known[sha256] = known
+        self._shared.count(size)
+        return True
+
+    def check(self, sha256: bytes, size: int, is_wanted: Callable[[], bool]) -> bool:
+        """Check a file again that was checked before; one that has changed is removed.
+
+        Returns:
+            False if it was removed.
+        """
+        known = self._known.get(sha256)
+        found = self._open(sha256, size) if known is not None else None
+        if known is None or found is None:
+            return True  # it has left
+        try:
+            checksum = xxhash.xxh3_64()
+            is_read = _read_through(found, size, is_wanted, checksum.update)
+            if not is_read or os.fstat(found).st_ino != known.inode:
+                return True
+        finally:
+            os.close(found)
+        if checksum.intdigest() == known.checksum:
+            return True
+        self._drop_damaged(sha256)
+        return False
+
+    def holds(self) -> int:
+        """How many files it knows of; some may have left."""
+        return len(self._known)
+
+    # --- helpers
+
+    def _path(self, sha256: bytes) -> str:
+        return os.path.join(self._shared.place.directory, _name(sha256))
+
+    def _open(self, sha256: bytes, size: int) -> int | None:
+        try:
+            found = os.open(self._path(sha256), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        if os.fstat(found).st_size == size:
+            return found
+        os.close(found)
+        self._drop_damaged(sha256)
+        return None
+
+    def _drop_damaged(self, sha256: bytes) -> None:
+        self._known.pop(sha256, None)
+        self._shared.drop_damaged(self._path(sha256))
+
+    def _adopt(self, sha256: bytes, found: int, is_wanted: Callable[[], bool]) -> bool:
+        """Check a file that another process may have written."""
+        status = os.fstat(found)
+        known = self._known.get(sha256)
+        if known is not None and known.inode == status.st_ino:
+            return True
+        whole, checksum = hashlib.sha256(), xxhash.xxh3_64()
+
+        def take(data: memoryview) -> None:
+            whole.update(data)
+            checksum.update(data)
+
+        if not _read_through(found, status.st_size, is_wanted, take):
+            return False
+        if whole.digest() != sha256:
+            self._drop_damaged(sha256)
+            return False
+        self._known[sha256] = _Known(status.st_ino, checksum.intdigest())
+        return True
+
+    def _write(
+        self, path: str, size: int, parts: Sequence[Part], is_wanted: Callable[[], bool]
+    ) -> _Known | None:
+        leaving = self._make_room(size, parts)
+        checksum = xxhash.xxh3_64()
+        written = collapsed = 0
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            has_small_pages = os.fstat(descriptor).st_blksize < LARGE_PAGE_BYTES
+            for part in parts:
+                fragment = part.fragment
+                file = self._shared.get(fragment.id, fragment.raw_size, check=True)
+                if file is None or not is_wanted():
+                    return None
+                view = file.view()[part.start : part.start + part.size]
+                if len(view) != part.size:
+                    return None
+                checksum.update(view)
+                while view:
+                    count = os.pwrite(descriptor, view, written)
+                    written += count
+                    view = view[count:]
+                if fragment.number in leaving:
+                    self._shared.remove(fragment.id)
+                ready = written // LARGE_PAGE_BYTES * LARGE_PAGE_BYTES
+                if has_small_pages and ready > collapsed:
+                    collapse_pages(descriptor, collapsed, ready - collapsed)
+                    collapsed = ready
+            return _Known(os.fstat(descriptor).st_ino, checksum.intdigest())
+        finally:
+            os.close(descriptor)
+
+    def _make_room(self, size: int, parts: Sequence[Part]) -> set[int]:
+        """Have room for a file; gives the fragments that leave as soon as they are copied."""
+        shared = self._shared
+        room = shared.room()
+        short = size - room
+        if short <= 0:
+            return set()
+        times = Counter(part.fragment.number for part in parts)
+        leaving: set[int] = set()
+        for fragment in _distinct(parts):
+            # Used now: what others left here goes first.
+            shared.touch(fragment.id, 0.0)
+            if short > 0 and times[fragment.number] == 1 and not fragment.is_base:
+                leaving.add(fragment.number)
+                short -= fragment.raw_size
+        if short > 0:
+            shared.trim(max(0, shared.files_bytes_max - room - short))
+        return leaving
+
+
+def _name(sha256: bytes) -> str:
+    return _PREFIX + sha256.hex()[:32]
+
+
+def _distinct(parts: Sequence[Part]) -> list[FragmentIdentity]:
+    return list({part.fragment.number: part.fragment for part in parts}.values())
+
+
+def _read_through(
+    descriptor: int,
+    size: int,
+    is_wanted: Callable[[], bool],
+    take: Callable[[memoryview], None],
+) -> bool:
+    """Hand all bytes of a file on, in steps; False if it was not wanted to the end."""
+    with (
+        mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as mapped,
+        memoryview(mapped) as view,
+    ):
+        for start in range(0, size, _STEP_BYTES):
+            if not is_wanted():
+                return False
+            with view[start : start + _STEP_BYTES] as step:
+                take(step)
+    return True

@@ -1,0 +1,192 @@
+"""Passthrough: contents that are whole in the shared cache are read by the kernel itself.
+
+When most of a content was read and its last handle is closed, its fragments are put together into
+one file (`cache.whole`), by a thread that takes what time others leave. When it is opened next, the
+kernel is handed that file: reads and mappings are then the file's, and come here no more.
+
+The kernel wants all handles of an inode to be of one kind: while one is open, others are opened
+like it.
+
+Source: Linux `Documentation/filesystems/fuse-passthrough.rst`, since 6.9; needs CAP_SYS_ADMIN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import queue
+import struct
+import threading
+from collections.abc import Callable, Sequence
+
+from fragfs.cache.shared import SharedFragmentCache
+from fragfs.cache.whole import Part, WholeFiles
+from fragfs.library.extents import OpenContent
+from fragfs.mount.device import DeviceNotifier
+from fragfs.types import FragmentIdentity
+
+__all__ = ["Passthrough"]
+
+log = logging.getLogger(__name__)
+
+_BACKING_MAP = struct.Struct("=iIQ")
+_BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
+_BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
+_READ_SHARE = 2
+_CHECK_ONE_IN = 16
+_NICEST = 19
+_IDENTITIES_AT_ONCE = 256
+_ENDS_S_MAX = 1.0
+
+
+class Passthrough:
+    """Which contents the kernel reads itself. Belongs to the event loop's thread.
+
+    Args:
+        device: The mount's device; passthrough was asked for when it was initialised.
+        shared: Where whole files are.
+        identify_all: What fragments are, by number; called in another thread.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        shared: SharedFragmentCache,
+        identify_all: Callable[[Sequence[int]], list[FragmentIdentity]],
+    ) -> None:
+        self._device = device
+        self._shared = shared
+        self._identify_all = identify_all
+        self._whole = WholeFiles(shared)
+        self._backings: dict[int, int] = {}  # by number of each content that is open; 0 is none
+        self._read_bytes: dict[int, int] = {}
+        self._opened = 0
+        self._refused: str | None = None
+        self._is_tried = False
+        self._notifier = DeviceNotifier(device)
+        self._queued: set[int] = set()
+        self._queue: queue.SimpleQueue[tuple[OpenContent, bool] | None] = queue.SimpleQueue()
+        self._is_ended = False
+        self._thread = threading.Thread(target=self._work, name="fragfs whole", daemon=True)
+        self._thread.start()
+
+    def open_file(self, content: OpenContent) -> None:
+        """A content was opened that was not open."""
+        self._backings[content.number] = 0
+        file = self._whole.open(content.sha256, content.size)
+        if file is None:
+            return
+        try:
+            self._backings[content.number] = self._hand_over(file)
+            self._opened += 1
+        except OSError as error:
+            self._refuse(error)
+        finally:
+            os.close(file)
+
+    def backing(self, number: int) -> int:
+        """What the kernel calls the file that it reads for an open content; 0 if there is none."""
+        return self._backings.get(number, 0)
+
+    def note_read(self, number: int, size: int) -> None:
+        """Note bytes of a content that were asked for."""
+        self._read_bytes[number] = self._read_bytes.get(number, 0) + size
+
+    def close_file(self, content: OpenContent) -> None:
+        """The last handle of a content was closed."""
+        backing = self._backings.pop(content.number, 0)
+        read_bytes = self._read_bytes.pop(content.number, 0)
+        if backing:
+            self._take_back(backing)
+            if self._opened % _CHECK_ONE_IN == 0:
+                self._enqueue(content, is_to_check=True)
+        elif read_bytes * _READ_SHARE >= content.size and self._whole.takes(content.size):
+            self._enqueue(content, is_to_check=False)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._is_ended = True
+        self._queue.put(None)
+        self._thread.join(_ENDS_S_MAX)
+
+    def status(self) -> dict[str, object]:
+        """How many files there are, how often they were opened, and why there are none."""
+        return {
+            "files": self._whole.holds(),
+            "opened": self._opened,
+            "refused": self._refused,
+        }
+
+    # --- helpers
+
+    def _hand_over(self, file: int) -> int:
+        """Have the kernel keep a file, and say what it calls it."""
+        # Into a mutable buffer: only then ioctl gives what the system call returned.
+        wanted = bytearray(_BACKING_MAP.pack(file, 0, 0))
+        return int(fcntl.ioctl(self._device, _BACKING_OPEN, wanted))
+
+    def _take_back(self, backing: int) -> None:
+        with contextlib.suppress(OSError):  # the connection has ended
+            fcntl.ioctl(self._device, _BACKING_CLOSE, struct.pack("=I", backing))
+
+    def _refuse(self, error: OSError) -> None:
+        if self._refused is None:
+            self._refused = error.strerror or str(error)
+            log.info("no passthrough: %s", self._refused)
+
+    def _enqueue(self, content: OpenContent, *, is_to_check: bool) -> None:
+        if self._refused is None and content.number not in self._queued:
+            self._queued.add(content.number)
+            self._queue.put((content, is_to_check))
+
+    # --- in the thread
+
+    def _work(self) -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
+        while not self._is_ended and (work := self._queue.get()) is not None:
+            content, is_to_check = work
+            try:
+                self._take(content, is_to_check)
+            except Exception:  # nobody waits for this
+                log.exception("content %d was not put together", content.number)
+            finally:
+                self._queued.discard(content.number)
+
+    def _take(self, content: OpenContent, is_to_check: bool) -> None:
+        if is_to_check:
+            self._whole.check(content.sha256, content.size, self._is_wanted)
+        elif (
+            self._is_possible()
+            and self._whole.make(content.sha256, self._parts(content), self._is_wanted)
+            and content.number not in self._backings
+        ):
+            # What the page cache has of it is of no use any more.
+            with contextlib.suppress(OSError):
+                self._notifier.forget_pages(content.number)
+
+    def _is_wanted(self) -> bool:
+        return not self._is_ended
+
+    def _is_possible(self) -> bool:
+        """Whether the kernel takes files of the cache; asked before any is put together."""
+        if not self._is_tried:
+            try:
+                self._take_back(self._hand_over(self._shared.fileno()))
+            except OSError as error:
+                self._refuse(error)
+            self._is_tried = True
+        return self._refused is None
+
+    def _parts(self, content: OpenContent) -> list[Part]:
+        numbers = list(dict.fromkeys(content.extents.fragments))
+        fragments: dict[int, FragmentIdentity] = {}
+        for start in range(0, len(numbers), _IDENTITIES_AT_ONCE):
+            found = self._identify_all(numbers[start : start + _IDENTITIES_AT_ONCE])
+            fragments |= {fragment.number: fragment for fragment in found}
+        return [
+            Part(fragments[extent.fragment], extent.fragment_offset, extent.size)
+            for extent in content.extents
+        ]

@@ -1,0 +1,311 @@
+"""Contents put together into one file: right, within the budget, and never from wrong bytes."""
+
+import contextlib
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from fragfs.cache import whole as module
+from fragfs.cache.pages import LARGE_PAGE_BYTES, collapse_pages
+from fragfs.cache.shared import FOOTER, SharedFragmentCache
+from fragfs.cache.whole import WHOLE_BYTES_MIN, Part, WholeFiles
+from fragfs.types import FragmentIdentity
+from tests.cache.support import drop, fragment_of, place_at, raw_of
+
+SIZES = [1_000_000, 5, 1_300_001, 70_000]
+BUDGET = 32 << 20
+
+
+def always():
+    return True
+
+
+class Content:
+    """A content of a few fragments: all of the first, ranges of others, the first again."""
+
+    def __init__(self, seed=0, sizes=SIZES, *, bases=()):
+        self.raws = [raw_of(seed * 1000 + number, size) for number, size in enumerate(sizes, 1)]
+        self.fragments = [
+            FragmentIdentity(number, fragment_of(raw), raw.nbytes, False, number in bases)
+            for number, raw in enumerate(self.raws, seed * 1000 + 1)
+        ]
+        first, small, large, last = self.fragments
+        self.parts = [
+            Part(first, 0, sizes[0]),
+            Part(small, 1, 3),
+            Part(large, 17, sizes[2] - 20),
+            Part(last, 0, sizes[3]),
+            Part(first, 100, 50),
+        ]
+        raws = dict(zip((one.number for one in self.fragments), self.raws, strict=True))
+        self.data = b"".join(
+            raws[part.fragment.number][part.start : part.start + part.size] for part in self.parts
+        )
+        self.size = len(self.data)
+        self.sha256 = hashlib.sha256(self.data).digest()
+
+    def put(self, shared):
+        for fragment, raw in zip(self.fragments, self.raws, strict=True):
+            assert shared.put(fragment.id, raw)
+
+    def is_held(self, shared):
+        return [shared.holds(fragment.id) for fragment in self.fragments]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tmp_path / "user" / "library"
+
+
+@pytest.fixture
+def shared(directory):
+    made = SharedFragmentCache(place_at(directory, BUDGET, in_memory=True))
+    yield made
+    if directory.exists():
+        made.close()
+
+
+@pytest.fixture
+def whole(shared):
+    return WholeFiles(shared)
+
+
+def read(whole, content):
+    """The bytes of a content's file, or None."""
+    found = whole.open(content.sha256, content.size)
+    if found is None:
+        return None
+    with open(found, "rb") as file:
+        return file.read()
+
+
+def path_of(shared, content):
+    return Path(shared.place.directory, "w" + content.sha256.hex()[:32])
+
+
+def names_in(directory):
+    return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+
+
+def test_what_was_put_together_is_the_content(shared, whole):
+    content = Content()
+    content.put(shared)
+    assert read(whole, content) is None
+    assert whole.make(content.sha256, content.parts, always)
+    assert read(whole, content) == content.data
+    assert whole.holds() == 1
+    assert whole.check(content.sha256, content.size, always)
+    # Once is enough.
+    before = path_of(shared, content).stat().st_ino
+    assert whole.make(content.sha256, content.parts, always)
+    assert path_of(shared, content).stat().st_ino == before
+    # Where there is room the fragments stay.
+    assert all(content.is_held(shared))
+    assert shared.statistics().bytes_held == content.size + sum(SIZES) + 4 * FOOTER.size
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_where_a_fragment_is_missing_there_is_no_file(shared, whole, which):
+    content = Content()
+    content.put(shared)
+    drop(shared, content.fragments[which].id)
+    before = names_in(shared.place.directory)
+    assert not whole.make(content.sha256, content.parts, always)
+    assert read(whole, content) is None
+    assert names_in(shared.place.directory) == before
+
+
+def test_a_fragment_that_changed_is_in_no_file(shared, whole):
+    content = Content()
+    content.put(shared)
+    shared_path = Path(shared.place.directory, content.fragments[2].id.hex()[:32])
+    data = bytearray(shared_path.read_bytes())
+    data[5] ^= 1
+    shared_path.write_bytes(data)
+    assert not whole.make(content.sha256, content.parts, always)
+    assert shared.statistics().damaged == 1
+    assert not path_of(shared, content).exists()
+    # From then on every byte is checked, which the kernel does not do.
+    content.put(shared)
+    assert not whole.make(content.sha256, content.parts, always)
+
+
+def test_what_is_not_wanted_any_more_leaves_nothing(shared, whole):
+    content = Content()
+    content.put(shared)
+    wanted = iter([True, True, False])
+    before = set(os.listdir(shared.place.directory))
+    assert not whole.make(content.sha256, content.parts, lambda: next(wanted))
+    assert set(os.listdir(shared.place.directory)) == before
+
+
+def test_a_full_disk_leaves_nothing(shared, whole, monkeypatch):
+    content = Content()
+    content.put(shared)
+    before = set(os.listdir(shared.place.directory))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "pwrite", full)
+        assert not whole.make(content.sha256, content.parts, always)
+    assert set(os.listdir(shared.place.directory)) == before
+    assert whole.make(content.sha256, content.parts, always)
+
+
+def test_small_and_large_contents_are_left_alone(shared, whole):
+    assert not whole.takes(WHOLE_BYTES_MIN - 1)
+    assert whole.takes(WHOLE_BYTES_MIN)
+    assert whole.takes(shared.files_bytes_max // 2)
+    assert not whole.takes(shared.files_bytes_max // 2 + 1)
+    content = Content(sizes=[1000, 5, 1000, 500])
+    content.put(shared)
+    assert not whole.make(content.sha256, content.parts, always)
+
+
+def test_there_are_none_on_disk(directory):
+    with contextlib.closing(SharedFragmentCache(place_at(directory, BUDGET))) as shared:
+        content = Content()
+        content.put(shared)
+        assert not WholeFiles(shared).make(content.sha256, content.parts, always)
+
+
+# --- room
+
+
+def test_the_budget_is_kept_and_what_is_a_base_stays(directory, monkeypatch):
+    content = Content(sizes=[1_000_000, 5, 1_300_001, 900_000], bases={3})
+    place = place_at(directory, 12_000_000, in_memory=True)
+    with contextlib.closing(SharedFragmentCache(place)) as shared:
+        limit = shared.files_bytes_max
+        others = [raw_of(100 + number, 500_000) for number in range(12)]
+        for raw in others:
+            assert shared.put(fragment_of(raw), raw)
+        content.put(shared)
+        assert shared.room() < content.size
+        most = 0
+        write = os.pwrite
+
+        def watched(descriptor, data, start):
+            nonlocal most
+            count = write(descriptor, data, start)
+            held = sum(entry.stat().st_size for entry in os.scandir(place.directory))
+            most = max(most, held)
+            return count
+
+        monkeypatch.setattr(module.os, "pwrite", watched)
+        whole = WholeFiles(shared)
+        assert whole.make(content.sha256, content.parts, always)
+        assert read(whole, content) == content.data
+        # A fragment is there once more until it was copied.
+        assert most <= limit + 1_300_001
+        assert shared.statistics().bytes_held <= limit
+        # The first is used twice, the third is a base; the others were copied and left.
+        assert content.is_held(shared) == [True, False, True, False]
+
+
+def test_a_file_leaves_as_fragments_do(shared, whole):
+    content = Content()
+    content.put(shared)
+    assert whole.make(content.sha256, content.parts, always)
+    shared.trim(0)
+    assert read(whole, content) is None
+    assert whole.holds() == 0
+    content.put(shared)
+    assert whole.make(content.sha256, content.parts, always)
+    assert read(whole, content) == content.data
+
+
+def test_what_was_opened_leaves_last(shared, whole):
+    content = Content()
+    content.put(shared)
+    assert whole.make(content.sha256, content.parts, always)
+    os.utime(path_of(shared, content), (0, 0))
+    assert read(whole, content) == content.data
+    assert path_of(shared, content).stat().st_mtime > 1e9
+
+
+# --- files of other processes
+
+
+def test_the_file_of_another_process_is_used_once_it_was_checked(directory, shared, whole):
+    content = Content()
+    content.put(shared)
+    assert whole.make(content.sha256, content.parts, always)
+    other = WholeFiles(shared)
+    assert read(other, content) is None
+    inode = path_of(shared, content).stat().st_ino
+    for fragment in content.fragments:
+        drop(shared, fragment.id)
+    assert other.make(content.sha256, content.parts, always)
+    assert read(other, content) == content.data
+    assert path_of(shared, content).stat().st_ino == inode
+
+
+@pytest.mark.parametrize("size_changes", [False, True])
+def test_a_wrong_file_of_another_process_is_removed(shared, whole, size_changes):
+    content = Content()
+    content.put(shared)
+    data = bytearray(content.data)
+    data[-1] ^= 1
+    if size_changes:
+        del data[-1]
+    path_of(shared, content).write_bytes(data)
+    assert not whole.make(content.sha256, content.parts, always)
+    assert not path_of(shared, content).exists()
+    assert read(whole, content) is None
+    assert shared.statistics().damaged == 1
+
+
+def test_a_file_that_changed_is_found_and_removed(shared, whole):
+    content = Content()
+    content.put(shared)
+    assert whole.make(content.sha256, content.parts, always)
+    with path_of(shared, content).open("r+b") as file:
+        file.seek(2_000_000)
+        file.write(b"?")
+    assert not whole.check(content.sha256, content.size, always)
+    assert not path_of(shared, content).exists()
+    assert read(whole, content) is None
+    assert shared.is_suspect()
+
+
+def test_nothing_is_opened_once_damage_was_found(shared, whole):
+    content = Content()
+    content.put(shared)
+    assert whole.make(content.sha256, content.parts, always)
+    shared.drop_damaged("whatever")
+    assert read(whole, content) is None
+
+
+def test_another_file_in_its_place_is_not_opened(shared, whole):
+    content = Content()
+    content.put(shared)
+    assert whole.make(content.sha256, content.parts, always)
+    path = path_of(shared, content)
+    path.with_suffix(".new").write_bytes(bytes(content.size))
+    path.with_suffix(".new").rename(path)
+    assert read(whole, content) is None
+
+
+# --- pages
+
+
+def test_pages_are_collapsed_without_a_change(tmp_path):
+    directory = Path("/dev/shm")
+    if not os.access(directory, os.W_OK):
+        directory = tmp_path
+    path = directory / f"fragfs-test-{os.getpid()}"
+    data = os.urandom(3 * LARGE_PAGE_BYTES)
+    try:
+        path.write_bytes(data)
+        with path.open("rb") as file:
+            collapse_pages(file.fileno(), LARGE_PAGE_BYTES, 2 * LARGE_PAGE_BYTES)
+            assert file.read() == data
+            assert not collapse_pages(file.fileno(), 100 * LARGE_PAGE_BYTES, LARGE_PAGE_BYTES)
+    finally:
+        path.unlink()
