@@ -8,13 +8,16 @@ from fragfs.cache.memory import MemoryFragmentCache
 from fragfs.cache.shared import FragmentFile, SharedFragmentCache
 from fragfs.types import Fragment, FragmentIdentity
 
-__all__ = ["LayeredFragmentCache", "leaving_credit_s"]
+__all__ = ["BASE_CREDIT_S", "SERVED_CREDIT_S", "LayeredFragmentCache", "leaving_credit_s"]
 
 _IDENTITIES_MAX = 1 << 14
 _FILE_BYTES_MIN = 64 << 10
 _CREDIT_S = 10.0
-_BASE_CREDIT_S = 600.0
-_SERVED_CREDIT_S = -3600.0
+BASE_CREDIT_S = 600.0
+SERVED_CREDIT_S = -3600.0
+"""See `SharedFragmentCache.touch`: of what others are predicted from, and of other fragments once
+they were served."""
+
 _TYPICAL_NS_PER_BYTE = 1.0
 
 
@@ -27,7 +30,7 @@ def leaving_credit_s(decode_ns: int, raw_size: int, *, is_base: bool) -> float:
         is_base: Whether others are predicted from it.
     """
     cost = min(8.0, decode_ns / max(1, raw_size) / _TYPICAL_NS_PER_BYTE)
-    return cost * (_BASE_CREDIT_S if is_base else _CREDIT_S)
+    return cost * (BASE_CREDIT_S if is_base else _CREDIT_S)
 
 
 class LayeredFragmentCache:
@@ -84,12 +87,12 @@ class LayeredFragmentCache:
         file = shared.get(identity.id, identity.raw_size, check=check or is_small)
         if file is not None:
             self.held.put(number, file.view() if is_small else file)
-            shared.touch(identity.id, _BASE_CREDIT_S if is_base else self.served_credit_s(number))
+            shared.touch(identity.id, BASE_CREDIT_S if is_base else self.served_credit_s(number))
         return file
 
     def served_credit_s(self, number: int) -> float:
         """How much later than its last use a fragment counts as used, once it was served."""
-        return _BASE_CREDIT_S if self.identify(number).is_base else _SERVED_CREDIT_S
+        return BASE_CREDIT_S if self.identify(number).is_base else SERVED_CREDIT_S
 
     def get(self, number: int) -> memoryview | None:
         """The bytes of a fragment to decode another with, or None if they have to be decoded.

@@ -1,14 +1,16 @@
 """Whole files: all bytes of one content in one file of the cache, put together of its fragments.
 
 The kernel can be given such a file to read instead of asking (`mount.passthrough`). Named after the
-content's SHA-256; written, published, evicted and trimmed as fragments are (`shared`), and only in
-shared memory.
+content's number and SHA-256; written, published, evicted and trimmed as fragments are (`shared`),
+and only in shared memory.
 
 A fragment is checked when it is copied. A file that another process put together is checked against
-its name before it is used. What was checked is remembered with its XXH3, to be checked again.
+the content's SHA-256 before it is used. What was checked is remembered with its XXH3, to be checked
+again.
 
 Where there is no room for a content twice its fragments leave one by one as they are copied, but
-those that others are predicted from.
+those that others are predicted from. In the order of leaving a whole file is behind fragments that
+were served and before those.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ import hashlib
 import logging
 import mmap
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
+from fragfs.cache.layered import BASE_CREDIT_S, SERVED_CREDIT_S
 from fragfs.cache.pages import LARGE_PAGE_BYTES, collapse_pages
 from fragfs.cache.shared import SharedFragmentCache
 from fragfs.types import FragmentIdentity
 
-__all__ = ["WHOLE_BYTES_MIN", "Part", "WholeFiles"]
+__all__ = ["WHOLE_BYTES_MIN", "Part", "Whole", "WholeFiles"]
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +41,29 @@ WHOLE_BYTES_MIN = 1 << 20
 
 _SHARE_OF_BUDGET = 2
 _STEP_BYTES = 1 << 20
+_CREDIT_S = -1800.0
 _PREFIX = "w"
 """No fragment's name begins with it: those are hexadecimal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A content of the cache's library.
+
+    Attributes:
+        number: Its number: what a damaged catalog says of another content is not about this one.
+        sha256: Of all its bytes.
+        size: Its bytes.
+    """
+
+    number: int
+    sha256: bytes
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{_PREFIX}{self.number:x}-{self.sha256.hex()[:32]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,42 +92,40 @@ class WholeFiles:
 
     def __init__(self, shared: SharedFragmentCache) -> None:
         self._shared = shared
-        self._known: dict[bytes, _Known] = {}
+        self._known: dict[Whole, _Known] = {}
 
     def takes(self, size: int) -> bool:
         """Whether a content of so many bytes may be put together."""
         return WHOLE_BYTES_MIN <= size <= self._shared.files_bytes_max // _SHARE_OF_BUDGET
 
-    def open(self, sha256: bytes, size: int) -> int | None:
+    def open(self, whole: Whole) -> int | None:
         """The descriptor of a content's file, or None if there is none that was checked."""
-        known = self._known.get(sha256)
+        known = self._known.get(whole)
         if known is None or self._shared.is_suspect():
             return None
-        found = self._open(sha256, size)
+        found = self._open(whole)
         if found is None or os.fstat(found).st_ino != known.inode:
-            self._known.pop(sha256, None)
+            self._known.pop(whole, None)
             if found is not None:
                 os.close(found)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(found)  # it leaves later than what was not used since
+        _touch(found)
         return found
 
-    def make(self, sha256: bytes, parts: Sequence[Part], is_wanted: Callable[[], bool]) -> bool:
+    def make(self, whole: Whole, parts: Sequence[Part], is_wanted: Callable[[], bool]) -> bool:
         """Put a content together; True if its file is there then, and was checked.
 
         Args:
-            sha256: Its SHA-256.
+            whole: The content.
             parts: All of it, in order.
             is_wanted: Asked between two parts; False ends it.
         """
-        size = sum(part.size for part in parts)
-        if not self.takes(size):
+        if not self.takes(whole.size) or sum(part.size for part in parts) != whole.size:
             return False
-        found = self._open(sha256, size)
+        found = self._open(whole)
         if found is not None:
             try:
-                return self._adopt(sha256, found, is_wanted)
+                return self._adopt(whole, found, is_wanted)
             finally:
                 os.close(found)
         # Where every byte is to be checked when it is read, the kernel may not read by itself.
@@ -110,11 +133,11 @@ class WholeFiles:
             self._shared.holds(fragment.id) for fragment in _distinct(parts)
         ):
             return False
-        temporary = self._shared.temporary(_name(sha256))
+        temporary = self._shared.temporary(whole.name)
         try:
-            known = self._write(temporary, size, parts, is_wanted)
+            known = self._write(temporary, whole.size, parts, is_wanted)
             if known is not None:
-                os.rename(temporary, self._path(sha256))
+                os.rename(temporary, self._path(whole))
         except OSError as error:
             log.debug("no whole file: %s", error)
             known = None
@@ -122,30 +145,30 @@ class WholeFiles:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             return False
-        self._known[sha256] = known
-        self._shared.count(size)
+        self._known[whole] = known
+        self._shared.count(whole.size)
         return True
 
-    def check(self, sha256: bytes, size: int, is_wanted: Callable[[], bool]) -> bool:
+    def check(self, whole: Whole, is_wanted: Callable[[], bool]) -> bool:
         """Check a file again that was checked before; one that has changed is removed.
 
         Returns:
             False if it was removed.
         """
-        known = self._known.get(sha256)
-        found = self._open(sha256, size) if known is not None else None
+        known = self._known.get(whole)
+        found = self._open(whole) if known is not None else None
         if known is None or found is None:
             return True  # it has left
         try:
             checksum = xxhash.xxh3_64()
-            is_read = _read_through(found, size, is_wanted, checksum.update)
+            is_read = _read_through(found, whole.size, is_wanted, checksum.update)
             if not is_read or os.fstat(found).st_ino != known.inode:
                 return True
         finally:
             os.close(found)
         if checksum.intdigest() == known.checksum:
             return True
-        self._drop_damaged(sha256)
+        self._drop_damaged(whole)
         return False
 
     def holds(self) -> int:
@@ -154,42 +177,42 @@ class WholeFiles:
 
     # --- helpers
 
-    def _path(self, sha256: bytes) -> str:
-        return os.path.join(self._shared.place.directory, _name(sha256))
+    def _path(self, whole: Whole) -> str:
+        return os.path.join(self._shared.place.directory, whole.name)
 
-    def _open(self, sha256: bytes, size: int) -> int | None:
+    def _open(self, whole: Whole) -> int | None:
         try:
-            found = os.open(self._path(sha256), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            found = os.open(self._path(whole), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return None
-        if os.fstat(found).st_size == size:
+        if os.fstat(found).st_size == whole.size:
             return found
         os.close(found)
-        self._drop_damaged(sha256)
+        self._drop_damaged(whole)
         return None
 
-    def _drop_damaged(self, sha256: bytes) -> None:
-        self._known.pop(sha256, None)
-        self._shared.drop_damaged(self._path(sha256))
+    def _drop_damaged(self, whole: Whole) -> None:
+        self._known.pop(whole, None)
+        self._shared.drop_damaged(self._path(whole))
 
-    def _adopt(self, sha256: bytes, found: int, is_wanted: Callable[[], bool]) -> bool:
+    def _adopt(self, whole: Whole, found: int, is_wanted: Callable[[], bool]) -> bool:
         """Check a file that another process may have written."""
-        status = os.fstat(found)
-        known = self._known.get(sha256)
-        if known is not None and known.inode == status.st_ino:
+        inode = os.fstat(found).st_ino
+        known = self._known.get(whole)
+        if known is not None and known.inode == inode:
             return True
-        whole, checksum = hashlib.sha256(), xxhash.xxh3_64()
+        proof, checksum = hashlib.sha256(), xxhash.xxh3_64()
 
         def take(data: memoryview) -> None:
-            whole.update(data)
+            proof.update(data)
             checksum.update(data)
 
-        if not _read_through(found, status.st_size, is_wanted, take):
+        if not _read_through(found, whole.size, is_wanted, take):
             return False
-        if whole.digest() != sha256:
-            self._drop_damaged(sha256)
+        if proof.digest() != whole.sha256:
+            self._drop_damaged(whole)
             return False
-        self._known[sha256] = _Known(status.st_ino, checksum.intdigest())
+        self._known[whole] = _Known(inode, checksum.intdigest())
         return True
 
     def _write(
@@ -216,10 +239,13 @@ class WholeFiles:
                     view = view[count:]
                 if fragment.number in leaving:
                     self._shared.remove(fragment.id)
+                elif not fragment.is_base:
+                    self._shared.touch(fragment.id, SERVED_CREDIT_S)
                 ready = written // LARGE_PAGE_BYTES * LARGE_PAGE_BYTES
                 if has_small_pages and ready > collapsed:
                     collapse_pages(descriptor, collapsed, ready - collapsed)
                     collapsed = ready
+            _touch(descriptor)
             return _Known(os.fstat(descriptor).st_ino, checksum.intdigest())
         finally:
             os.close(descriptor)
@@ -235,7 +261,7 @@ class WholeFiles:
         leaving: set[int] = set()
         for fragment in _distinct(parts):
             # Used now: what others left here goes first.
-            shared.touch(fragment.id, 0.0)
+            shared.touch(fragment.id, BASE_CREDIT_S)
             if short > 0 and times[fragment.number] == 1 and not fragment.is_base:
                 leaving.add(fragment.number)
                 short -= fragment.raw_size
@@ -244,8 +270,11 @@ class WholeFiles:
         return leaving
 
 
-def _name(sha256: bytes) -> str:
-    return _PREFIX + sha256.hex()[:32]
+def _touch(descriptor: int) -> None:
+    """Move a whole file in the order of leaving: it was used now."""
+    at_ns = time.time_ns() + int(_CREDIT_S * 1e9)
+    with contextlib.suppress(OSError):
+        os.utime(descriptor, ns=(at_ns, at_ns))
 
 
 def _distinct(parts: Sequence[Part]) -> list[FragmentIdentity]:

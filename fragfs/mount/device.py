@@ -55,9 +55,5 @@ class DeviceNotifier:
         """Make the kernel ask for an inode's attributes again; OSError if it refuses."""
         self._notify(_INVAL_INODE_CODE, _INVAL_INODE.pack(number, _ATTRIBUTES_ONLY, 0))
 
-    def forget_pages(self, number: int) -> None:
-        """Drop what the page cache has of an inode; OSError if the kernel refuses."""
-        self._notify(_INVAL_INODE_CODE, _INVAL_INODE.pack(number, 0, 0))
-
     def _notify(self, code: int, body: bytes) -> None:
         os.write(self._device, OUT_HEADER.pack(OUT_HEADER.size + len(body), code, 0) + body)

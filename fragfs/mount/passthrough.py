@@ -1,8 +1,12 @@
 """Passthrough: contents that are whole in the shared cache are read by the kernel itself.
 
 When most of a content was read and its last handle is closed, its fragments are put together into
-one file (`cache.whole`), by a thread that takes what time others leave. When it is opened next, the
-kernel is handed that file: reads and mappings are then the file's, and come here no more.
+one file (`cache.whole`), by a thread that goes on while nobody reads through the mount. When it is
+opened next, the kernel is handed that file: reads and mappings are then the file's, and come here
+no more.
+
+What the page cache has of a content stays there: that costs nobody memory who needs it, and serves
+where the file has left the cache.
 
 The kernel wants all handles of an inode to be of one kind: while one is open, others are opened
 like it.
@@ -19,12 +23,12 @@ import os
 import queue
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from fragfs.cache.shared import SharedFragmentCache
-from fragfs.cache.whole import Part, WholeFiles
+from fragfs.cache.whole import Part, Whole, WholeFiles
 from fragfs.library.extents import OpenContent
-from fragfs.mount.device import DeviceNotifier
 from fragfs.types import FragmentIdentity
 
 __all__ = ["Passthrough"]
@@ -36,7 +40,13 @@ _BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
 _BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
 _READ_SHARE = 2
 _CHECK_ONE_IN = 16
-_NICEST = 19
+_QUIET_S = 0.1
+_PATIENCE_S = 1.0
+"""How long the thread waits for quiet before each part: where there is never any, it goes on
+slowly. Not by priority: a thread that is seldom run would keep the interpreter's lock from the
+event loop."""
+
+_POLL_S = 0.02
 _IDENTITIES_AT_ONCE = 256
 _ENDS_S_MAX = 1.0
 
@@ -62,10 +72,10 @@ class Passthrough:
         self._whole = WholeFiles(shared)
         self._backings: dict[int, int] = {}  # by number of each content that is open; 0 is none
         self._read_bytes: dict[int, int] = {}
+        self._last_read = 0.0
         self._opened = 0
         self._refused: str | None = None
         self._is_tried = False
-        self._notifier = DeviceNotifier(device)
         self._queued: set[int] = set()
         self._queue: queue.SimpleQueue[tuple[OpenContent, bool] | None] = queue.SimpleQueue()
         self._is_ended = False
@@ -75,14 +85,14 @@ class Passthrough:
     def open_file(self, content: OpenContent) -> None:
         """A content was opened that was not open."""
         self._backings[content.number] = 0
-        file = self._whole.open(content.sha256, content.size)
+        file = self._whole.open(_whole_of(content))
         if file is None:
             return
         try:
             self._backings[content.number] = self._hand_over(file)
             self._opened += 1
-        except OSError as error:
-            self._refuse(error)
+        except OSError as error:  # of memory, say: the next one may be taken
+            log.warning("a file was not handed to the kernel: %s", error)
         finally:
             os.close(file)
 
@@ -92,6 +102,7 @@ class Passthrough:
 
     def note_read(self, number: int, size: int) -> None:
         """Note bytes of a content that were asked for."""
+        self._last_read = time.monotonic()
         self._read_bytes[number] = self._read_bytes.get(number, 0) + size
 
     def close_file(self, content: OpenContent) -> None:
@@ -131,11 +142,6 @@ class Passthrough:
         with contextlib.suppress(OSError):  # the connection has ended
             fcntl.ioctl(self._device, _BACKING_CLOSE, struct.pack("=I", backing))
 
-    def _refuse(self, error: OSError) -> None:
-        if self._refused is None:
-            self._refused = error.strerror or str(error)
-            log.info("no passthrough: %s", self._refused)
-
     def _enqueue(self, content: OpenContent, *, is_to_check: bool) -> None:
         if self._refused is None and content.number not in self._queued:
             self._queued.add(content.number)
@@ -144,8 +150,6 @@ class Passthrough:
     # --- in the thread
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
         while not self._is_ended and (work := self._queue.get()) is not None:
             content, is_to_check = work
             try:
@@ -157,18 +161,19 @@ class Passthrough:
 
     def _take(self, content: OpenContent, is_to_check: bool) -> None:
         if is_to_check:
-            self._whole.check(content.sha256, content.size, self._is_wanted)
-        elif (
-            self._is_possible()
-            and self._whole.make(content.sha256, self._parts(content), self._is_wanted)
-            and content.number not in self._backings
-        ):
-            # What the page cache has of it is of no use any more.
-            with contextlib.suppress(OSError):
-                self._notifier.forget_pages(content.number)
+            self._whole.check(_whole_of(content), self._is_wanted)
+        elif self._is_possible():
+            self._whole.make(_whole_of(content), self._parts(content), self._is_wanted)
 
     def _is_wanted(self) -> bool:
-        return not self._is_ended
+        """Wait until nobody reads; False if the mount ends."""
+        patient_until = time.monotonic() + _PATIENCE_S
+        while not self._is_ended:
+            now = time.monotonic()
+            if now > min(self._last_read + _QUIET_S, patient_until):
+                return True
+            time.sleep(_POLL_S)
+        return False
 
     def _is_possible(self) -> bool:
         """Whether the kernel takes files of the cache; asked before any is put together."""
@@ -176,7 +181,8 @@ class Passthrough:
             try:
                 self._take_back(self._hand_over(self._shared.fileno()))
             except OSError as error:
-                self._refuse(error)
+                self._refused = error.strerror or str(error)
+                log.info("no passthrough: %s", self._refused)
             self._is_tried = True
         return self._refused is None
 
@@ -190,3 +196,7 @@ class Passthrough:
             Part(fragments[extent.fragment], extent.fragment_offset, extent.size)
             for extent in content.extents
         ]
+
+
+def _whole_of(content: OpenContent) -> Whole:
+    return Whole(content.number, content.sha256, content.size)

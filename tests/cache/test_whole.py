@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fragfs.cache import whole as module
+from fragfs.cache.layered import BASE_CREDIT_S, SERVED_CREDIT_S
 from fragfs.cache.pages import LARGE_PAGE_BYTES, collapse_pages
-from fragfs.cache.shared import FOOTER, SharedFragmentCache
-from fragfs.cache.whole import WHOLE_BYTES_MIN, Part, WholeFiles
+from fragfs.cache.shared import FOOTER, SharedFragmentCache, file_name
+from fragfs.cache.whole import WHOLE_BYTES_MIN, Part, Whole, WholeFiles
 from fragfs.types import FragmentIdentity
 from tests.cache.support import drop, fragment_of, place_at, raw_of
 
@@ -45,7 +46,7 @@ class Content:
             raws[part.fragment.number][part.start : part.start + part.size] for part in self.parts
         )
         self.size = len(self.data)
-        self.sha256 = hashlib.sha256(self.data).digest()
+        self.whole = Whole(77 + seed, hashlib.sha256(self.data).digest(), self.size)
 
     def put(self, shared):
         for fragment, raw in zip(self.fragments, self.raws, strict=True):
@@ -75,7 +76,7 @@ def whole(shared):
 
 def read(whole, content):
     """The bytes of a content's file, or None."""
-    found = whole.open(content.sha256, content.size)
+    found = whole.open(content.whole)
     if found is None:
         return None
     with open(found, "rb") as file:
@@ -83,7 +84,12 @@ def read(whole, content):
 
 
 def path_of(shared, content):
-    return Path(shared.place.directory, "w" + content.sha256.hex()[:32])
+    return Path(shared.place.directory, content.whole.name)
+
+
+def shared_time(shared, fragment):
+    """A fragment's place in the order of leaving."""
+    return Path(shared.place.directory, file_name(fragment.id)).stat().st_mtime
 
 
 def names_in(directory):
@@ -94,13 +100,13 @@ def test_what_was_put_together_is_the_content(shared, whole):
     content = Content()
     content.put(shared)
     assert read(whole, content) is None
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
     assert read(whole, content) == content.data
     assert whole.holds() == 1
-    assert whole.check(content.sha256, content.size, always)
+    assert whole.check(content.whole, always)
     # Once is enough.
     before = path_of(shared, content).stat().st_ino
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
     assert path_of(shared, content).stat().st_ino == before
     # Where there is room the fragments stay.
     assert all(content.is_held(shared))
@@ -113,7 +119,7 @@ def test_where_a_fragment_is_missing_there_is_no_file(shared, whole, which):
     content.put(shared)
     drop(shared, content.fragments[which].id)
     before = names_in(shared.place.directory)
-    assert not whole.make(content.sha256, content.parts, always)
+    assert not whole.make(content.whole, content.parts, always)
     assert read(whole, content) is None
     assert names_in(shared.place.directory) == before
 
@@ -121,16 +127,16 @@ def test_where_a_fragment_is_missing_there_is_no_file(shared, whole, which):
 def test_a_fragment_that_changed_is_in_no_file(shared, whole):
     content = Content()
     content.put(shared)
-    shared_path = Path(shared.place.directory, content.fragments[2].id.hex()[:32])
-    data = bytearray(shared_path.read_bytes())
+    path = Path(shared.place.directory, file_name(content.fragments[2].id))
+    data = bytearray(path.read_bytes())
     data[5] ^= 1
-    shared_path.write_bytes(data)
-    assert not whole.make(content.sha256, content.parts, always)
+    path.write_bytes(data)
+    assert not whole.make(content.whole, content.parts, always)
     assert shared.statistics().damaged == 1
     assert not path_of(shared, content).exists()
     # From then on every byte is checked, which the kernel does not do.
     content.put(shared)
-    assert not whole.make(content.sha256, content.parts, always)
+    assert not whole.make(content.whole, content.parts, always)
 
 
 def test_what_is_not_wanted_any_more_leaves_nothing(shared, whole):
@@ -138,7 +144,7 @@ def test_what_is_not_wanted_any_more_leaves_nothing(shared, whole):
     content.put(shared)
     wanted = iter([True, True, False])
     before = set(os.listdir(shared.place.directory))
-    assert not whole.make(content.sha256, content.parts, lambda: next(wanted))
+    assert not whole.make(content.whole, content.parts, lambda: next(wanted))
     assert set(os.listdir(shared.place.directory)) == before
 
 
@@ -152,9 +158,9 @@ def test_a_full_disk_leaves_nothing(shared, whole, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(module.os, "pwrite", full)
-        assert not whole.make(content.sha256, content.parts, always)
+        assert not whole.make(content.whole, content.parts, always)
     assert set(os.listdir(shared.place.directory)) == before
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
 
 
 def test_small_and_large_contents_are_left_alone(shared, whole):
@@ -164,14 +170,28 @@ def test_small_and_large_contents_are_left_alone(shared, whole):
     assert not whole.takes(shared.files_bytes_max // 2 + 1)
     content = Content(sizes=[1000, 5, 1000, 500])
     content.put(shared)
-    assert not whole.make(content.sha256, content.parts, always)
+    assert not whole.make(content.whole, content.parts, always)
 
 
 def test_there_are_none_on_disk(directory):
     with contextlib.closing(SharedFragmentCache(place_at(directory, BUDGET))) as shared:
         content = Content()
         content.put(shared)
-        assert not WholeFiles(shared).make(content.sha256, content.parts, always)
+        assert not WholeFiles(shared).make(content.whole, content.parts, always)
+
+
+def test_parts_that_are_not_all_of_it_make_no_file(shared, whole):
+    content = Content()
+    content.put(shared)
+    assert not whole.make(content.whole, content.parts[:-1], always)
+
+
+def test_of_two_contents_with_one_sha256_none_is_the_other(shared, whole):
+    """As a damaged catalog may say."""
+    content = Content()
+    content.put(shared)
+    assert whole.make(content.whole, content.parts, always)
+    assert whole.open(Whole(5, content.whole.sha256, content.size)) is None
 
 
 # --- room
@@ -199,7 +219,7 @@ def test_the_budget_is_kept_and_what_is_a_base_stays(directory, monkeypatch):
 
         monkeypatch.setattr(module.os, "pwrite", watched)
         whole = WholeFiles(shared)
-        assert whole.make(content.sha256, content.parts, always)
+        assert whole.make(content.whole, content.parts, always)
         assert read(whole, content) == content.data
         # A fragment is there once more until it was copied.
         assert most <= limit + 1_300_001
@@ -211,22 +231,29 @@ def test_the_budget_is_kept_and_what_is_a_base_stays(directory, monkeypatch):
 def test_a_file_leaves_as_fragments_do(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
     shared.trim(0)
     assert read(whole, content) is None
     assert whole.holds() == 0
     content.put(shared)
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
     assert read(whole, content) == content.data
 
 
-def test_what_was_opened_leaves_last(shared, whole):
-    content = Content()
+def test_it_leaves_after_what_was_served_and_before_bases(shared, whole):
+    content = Content(bases={3})
     content.put(shared)
-    assert whole.make(content.sha256, content.parts, always)
-    os.utime(path_of(shared, content), (0, 0))
-    assert read(whole, content) == content.data
-    assert path_of(shared, content).stat().st_mtime > 1e9
+    for fragment in content.fragments:
+        shared.touch(fragment.id, BASE_CREDIT_S if fragment.is_base else SERVED_CREDIT_S)
+    assert whole.make(content.whole, content.parts, always)
+    first, small, large, last = content.fragments
+    path = path_of(shared, content)
+    for _ in range(2):
+        served = max(shared_time(shared, one) for one in (first, small, last))
+        assert served + 1000 < path.stat().st_mtime < shared_time(shared, large) - 1000
+        # Whoever opens it uses it.
+        os.utime(path, (0, 0))
+        assert read(whole, content) == content.data
 
 
 # --- files of other processes
@@ -235,13 +262,13 @@ def test_what_was_opened_leaves_last(shared, whole):
 def test_the_file_of_another_process_is_used_once_it_was_checked(directory, shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
     other = WholeFiles(shared)
     assert read(other, content) is None
     inode = path_of(shared, content).stat().st_ino
     for fragment in content.fragments:
         drop(shared, fragment.id)
-    assert other.make(content.sha256, content.parts, always)
+    assert other.make(content.whole, content.parts, always)
     assert read(other, content) == content.data
     assert path_of(shared, content).stat().st_ino == inode
 
@@ -255,7 +282,7 @@ def test_a_wrong_file_of_another_process_is_removed(shared, whole, size_changes)
     if size_changes:
         del data[-1]
     path_of(shared, content).write_bytes(data)
-    assert not whole.make(content.sha256, content.parts, always)
+    assert not whole.make(content.whole, content.parts, always)
     assert not path_of(shared, content).exists()
     assert read(whole, content) is None
     assert shared.statistics().damaged == 1
@@ -264,11 +291,11 @@ def test_a_wrong_file_of_another_process_is_removed(shared, whole, size_changes)
 def test_a_file_that_changed_is_found_and_removed(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
     with path_of(shared, content).open("r+b") as file:
         file.seek(2_000_000)
         file.write(b"?")
-    assert not whole.check(content.sha256, content.size, always)
+    assert not whole.check(content.whole, always)
     assert not path_of(shared, content).exists()
     assert read(whole, content) is None
     assert shared.is_suspect()
@@ -277,7 +304,7 @@ def test_a_file_that_changed_is_found_and_removed(shared, whole):
 def test_nothing_is_opened_once_damage_was_found(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
     shared.drop_damaged("whatever")
     assert read(whole, content) is None
 
@@ -285,7 +312,7 @@ def test_nothing_is_opened_once_damage_was_found(shared, whole):
 def test_another_file_in_its_place_is_not_opened(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.sha256, content.parts, always)
+    assert whole.make(content.whole, content.parts, always)
     path = path_of(shared, content)
     path.with_suffix(".new").write_bytes(bytes(content.size))
     path.with_suffix(".new").rename(path)

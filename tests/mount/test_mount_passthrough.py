@@ -79,8 +79,8 @@ class Passing:
         drop_pages(path)
         read_once(path)
         wait_until(lambda: self.is_passed(name), 20)
-        sha256 = os.getxattr(path, "user.fragfs.sha256").decode()
-        return whole_files(self.mountpoint)["w" + sha256[:32]]
+        name = f"w{path.stat().st_ino:x}-{os.getxattr(path, 'user.fragfs.sha256').decode()[:32]}"
+        return whole_files(self.mountpoint)[name]
 
 
 @pytest.fixture

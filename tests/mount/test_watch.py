@@ -199,8 +199,8 @@ def test_a_catalog_that_fails_for_a_while_is_logged_once_and_caught_up_with(capl
     assert caplog.text.count("stay unseen") == 1
 
 
-def test_h26_no_handler_invalidates():
-    """The calls that may wait for requests are named once, in threads of their own."""
+def test_h26_only_the_watching_thread_invalidates():
+    """The two calls that may wait for requests are named once, outside every handler."""
     package = Path(fragfs.mount.watch.__file__).parent
     callers = {}
     for path in package.glob("*.py"):
@@ -211,7 +211,6 @@ def test_h26_no_handler_invalidates():
                 callers.setdefault(path.name, set()).add(node.attr)
     assert callers == {
         "device.py": {"_notify"},
-        "passthrough.py": {"forget_pages"},
         "watch.py": {"forget_name", "forget_attributes"},
     }
     assert "DeviceNotifier" not in (package / "operations.py").read_text()
