@@ -66,7 +66,8 @@ def warm_command(
     is left out, and exits with 1.
 
     --check prints the share of each file that is in memory, and exits with 1 unless all of it is.
-    --evict drops the pages that no process has mapped; decoded pieces stay.
+    --evict drops the pages that no process has mapped. What the fragment cache has stays: decoded
+    pieces, and files that were put together of them for the kernel to read.
     """
     if check and evict:
         raise UsageError("--check and --evict exclude each other", remedy="give one of them")
