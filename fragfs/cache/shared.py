@@ -471,9 +471,10 @@ class SharedFragmentCache:
             )
         limit = self.files_bytes_max if bytes_max is None else bytes_max
         if held > limit:
+            kept = limit * _KEEP_AFTER_TRIM if bytes_max is None else bytes_max
             files.sort()
             for _, size, path in files:
-                if held <= limit * _KEEP_AFTER_TRIM:
+                if held <= kept:
                     break
                 with contextlib.suppress(OSError):
                     os.unlink(path)

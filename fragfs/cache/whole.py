@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 WHOLE_BYTES_MIN = 1 << 20
 """Smaller contents are read in a request or two."""
 
-_SHARE_OF_BUDGET = 2
+_SHARE_OF_BUDGET = 0.75
 _STEP_BYTES = 1 << 20
 _CREDIT_S = -1800.0
 _PREFIX = "w"
@@ -96,7 +96,7 @@ class WholeFiles:
 
     def takes(self, size: int) -> bool:
         """Whether a content of so many bytes may be put together."""
-        return WHOLE_BYTES_MIN <= size <= self._shared.files_bytes_max // _SHARE_OF_BUDGET
+        return WHOLE_BYTES_MIN <= size <= self._shared.files_bytes_max * _SHARE_OF_BUDGET
 
     def open(self, whole: Whole) -> int | None:
         """The descriptor of a content's file, or None if there is none that was checked."""
@@ -219,6 +219,8 @@ class WholeFiles:
         self, path: str, size: int, parts: Sequence[Part], is_wanted: Callable[[], bool]
     ) -> _Known | None:
         leaving = self._make_room(size, parts)
+        if leaving is None:
+            return None
         checksum = xxhash.xxh3_64()
         written = collapsed = 0
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -250,24 +252,28 @@ class WholeFiles:
         finally:
             os.close(descriptor)
 
-    def _make_room(self, size: int, parts: Sequence[Part]) -> set[int]:
-        """Have room for a file; gives the fragments that leave as soon as they are copied."""
+    def _make_room(self, size: int, parts: Sequence[Part]) -> set[int] | None:
+        """Have room for a file; gives the fragments that leave as soon as they are copied.
+
+        None if there cannot be room for it and for the fragments that stay.
+        """
         shared = self._shared
         room = shared.room()
-        short = size - room
-        if short <= 0:
+        if size <= room:
             return set()
         times = Counter(part.fragment.number for part in parts)
-        leaving: set[int] = set()
-        for fragment in _distinct(parts):
+        fragments = _distinct(parts)
+        leaving = [one for one in fragments if times[one.number] == 1 and not one.is_base]
+        staying = sum(one.raw_size for one in fragments) - sum(one.raw_size for one in leaving)
+        if size + staying > shared.files_bytes_max:
+            return None
+        for fragment in fragments:
             # Used now: what others left here goes first.
             shared.touch(fragment.id, BASE_CREDIT_S)
-            if short > 0 and times[fragment.number] == 1 and not fragment.is_base:
-                leaving.add(fragment.number)
-                short -= fragment.raw_size
+        short = size - room - sum(one.raw_size for one in leaving)
         if short > 0:
-            shared.trim(max(0, shared.files_bytes_max - room - short))
-        return leaving
+            shared.trim(shared.files_bytes_max - room - short)
+        return {one.number for one in leaving}
 
 
 def _touch(descriptor: int) -> None:

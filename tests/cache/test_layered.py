@@ -115,7 +115,7 @@ def test_what_was_served_leaves_first_then_what_was_not_and_bases_last(shared):
     left = []
     for kept in (4, 3, 2, 1, 0):
         before = [n for n in (BASE, 1, 2, 3, 4) if shared.holds(identify(n).id)]
-        shared.trim(int(kept * (SIZE + 56) / 0.9) + 1)
+        shared.trim(kept * (SIZE + 56))
         left += [n for n in before if not shared.holds(identify(n).id)]
     assert left == [3, 4, 1, 2, BASE]
 
@@ -130,7 +130,7 @@ def test_what_is_decoded_with_stays(shared, how):
     if kept != BASE:
         assert not cache.identify(kept).is_base
         assert layered(shared).get(kept) is not None
-    shared.trim(int((SIZE + 56) / 0.9) + 1)
+    shared.trim(SIZE + 56)
     assert [n for n in (kept, 2, 3) if shared.holds(identify(n).id)] == [kept]
 
 

@@ -166,8 +166,8 @@ def test_a_full_disk_leaves_nothing(shared, whole, monkeypatch):
 def test_small_and_large_contents_are_left_alone(shared, whole):
     assert not whole.takes(WHOLE_BYTES_MIN - 1)
     assert whole.takes(WHOLE_BYTES_MIN)
-    assert whole.takes(shared.files_bytes_max // 2)
-    assert not whole.takes(shared.files_bytes_max // 2 + 1)
+    assert whole.takes(shared.files_bytes_max * 3 // 4)
+    assert not whole.takes(shared.files_bytes_max * 3 // 4 + 1)
     content = Content(sizes=[1000, 5, 1000, 500])
     content.put(shared)
     assert not whole.make(content.whole, content.parts, always)
@@ -226,6 +226,18 @@ def test_the_budget_is_kept_and_what_is_a_base_stays(directory, monkeypatch):
         assert shared.statistics().bytes_held <= limit
         # The first is used twice, the third is a base; the others were copied and left.
         assert content.is_held(shared) == [True, False, True, False]
+
+
+def test_what_has_no_room_beside_its_bases_is_left_as_it_is(directory):
+    content = Content(sizes=[1_000_000, 5, 1_300_001, 900_000], bases={1, 2, 3, 4})
+    place = place_at(directory, 7_000_000, in_memory=True)
+    with contextlib.closing(SharedFragmentCache(place)) as shared:
+        content.put(shared)
+        whole = WholeFiles(shared)
+        assert whole.takes(content.size)
+        before = names_in(place.directory)
+        assert not whole.make(content.whole, content.parts, always)
+        assert names_in(place.directory) == before
 
 
 def test_a_file_leaves_as_fragments_do(shared, whole):
