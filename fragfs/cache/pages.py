@@ -1,15 +1,20 @@
-"""Large pages for a file in shared memory that was not written in them.
+"""The memory of files in a tmpfs: whether it would be free if they left, and in which pages it is.
 
-Source: madvise(2), `MADV_COLLAPSE`, since Linux 6.1; it works whatever the tmpfs was told (`huge`).
+Source: fcntl(2), `F_SETLEASE`; madvise(2), `MADV_COLLAPSE`, since Linux 6.1: it works whatever the
+tmpfs was told (`huge`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import mmap
+import os
+import signal
 from functools import cache
 
-__all__ = ["LARGE_PAGE_BYTES", "collapse_pages"]
+__all__ = ["LARGE_PAGE_BYTES", "collapse_pages", "is_in_use"]
 
 LARGE_PAGE_BYTES = 2 << 20
 
@@ -17,6 +22,23 @@ _COLLAPSE = 25
 _FIXED = 0x10
 _NORESERVE = 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def is_in_use(path: str) -> bool:
+    """Whether anybody has a file of this user open or mapped, so that its memory would stay."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK  # somebody asks the same now
+    try:
+        # Whoever opens it in this moment ends the lease; the signal that tells of it does nothing.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def collapse_pages(descriptor: int, start: int, size: int) -> bool:

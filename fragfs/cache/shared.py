@@ -8,7 +8,8 @@ keeps it.
 The modification time of a file is its place in the order of leaving: now, when it was last used,
 plus what its decode costs and how many need it, minus an hour once a fragment of a single use was
 served. The oldest leave first, down to nine tenths of what is for files: the rest of the budget is
-for those that have left and are held open.
+for those that have left and are held open. Whole files (`whole`) stay while anybody has them open
+or mapped: their memory would not be free.
 
 Every failure to keep something is harmless: `put` says False, `get` says None.
 """
@@ -28,12 +29,20 @@ from dataclasses import dataclass
 
 import xxhash
 
+from fragfs.cache.pages import is_in_use
 from fragfs.cache.place import CachePlace, held_open, measure_budget
 from fragfs.cache.users import USERS_NAME, begin_use, end_use, lock_alone
 from fragfs.errors import FragmentError, StorageError
 from fragfs.types import FragmentId
 
-__all__ = ["FOOTER", "CacheStatistics", "FragmentFile", "SharedFragmentCache", "file_name"]
+__all__ = [
+    "FOOTER",
+    "WHOLE_PREFIX",
+    "CacheStatistics",
+    "FragmentFile",
+    "SharedFragmentCache",
+    "file_name",
+]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +50,9 @@ FOOTER = struct.Struct("<8sQQ32s")
 """Magic, bytes of the fragment, XXH3-64 of them, fragment id; right after the fragment's bytes."""
 
 MAGIC = b"fragfsC1"
+
+WHOLE_PREFIX = "w"
+"""What names of whole files (`whole`) begin with; those of fragments are hexadecimal."""
 
 _TEMPORARY = "."
 _LOCK_NAME = ".lock"
@@ -383,7 +395,7 @@ class SharedFragmentCache:
 
     def room(self) -> int:
         """Bytes that can be published before something has to leave; counts what there is."""
-        self.trim()
+        self.trim(wait_s=_TRIM_WAIT_S)
         return self.files_bytes_max - self._bytes_held
 
     def remove(self, fragment: FragmentId) -> None:
@@ -440,28 +452,29 @@ class SharedFragmentCache:
             os.close(lock)
         return is_ours
 
-    def _files(self) -> list[tuple[int, int, str]]:
-        """(place in the order of leaving, bytes, path) of what is published.
+    def _files(self) -> tuple[list[tuple[int, int, str]], int]:
+        """(place in the order of leaving, bytes, path) of what is published; bytes of what is not.
 
         Temporary files whose writer was killed are removed on the way.
         """
         files: list[tuple[int, int, str]] = []
+        unpublished = 0
         with contextlib.suppress(FileNotFoundError), os.scandir(self._path) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
                     if not entry.name.startswith(_TEMPORARY):
                         files.append((status.st_mtime_ns, status.st_size, entry.path))
-                    elif (
-                        entry.name not in (_LOCK_NAME, _CLAIMS_NAME, USERS_NAME)
-                        and time.time() - status.st_ctime > _TEMPORARY_S_MAX
-                    ):
-                        os.unlink(entry.path)
-        return files
+                    elif entry.name not in (_LOCK_NAME, _CLAIMS_NAME, USERS_NAME):
+                        unpublished += status.st_size
+                        if time.time() - status.st_ctime > _TEMPORARY_S_MAX:
+                            os.unlink(entry.path)
+                            unpublished -= status.st_size
+        return files, unpublished
 
     def _trim(self, bytes_max: int | None) -> None:
-        files = self._files()
-        held = sum(size for _, size, _ in files)
+        files, held = self._files()
+        held += sum(size for _, size, _ in files)
         with contextlib.suppress(OSError):
             self._bytes_max = measure_budget(
                 self.place.directory,
@@ -476,6 +489,8 @@ class SharedFragmentCache:
             for _, size, path in files:
                 if held <= kept:
                     break
+                if os.path.basename(path).startswith(WHOLE_PREFIX) and is_in_use(path):
+                    continue
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                     self.evictions += 1
@@ -506,7 +521,7 @@ class SharedFragmentCache:
 
     def statistics(self) -> CacheStatistics:
         """The counters now, and what the directory holds."""
-        held = sum(size for _, size, _ in self._files())
+        held = sum(size for _, size, _ in self._files()[0])
         return CacheStatistics(
             directory=self._path,
             in_memory=self.place.in_memory,

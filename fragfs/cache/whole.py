@@ -8,9 +8,11 @@ A fragment is checked when it is copied. A file that another process put togethe
 the content's SHA-256 before it is used. What was checked is remembered with its XXH3, to be checked
 again.
 
-Where there is no room for a content twice its fragments leave one by one as they are copied, but
-those that others are predicted from. In the order of leaving a whole file is behind fragments that
-were served and before those.
+Where there is no room for a content twice, as many of its fragments as that takes leave as they are
+copied, but those that others are predicted from. In the order of leaving a whole file is behind
+fragments that were served and before those. All whole files together have a share of the budget;
+what was used within an hour does not leave for another one, since the page cache serves what does
+not fit.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from dataclasses import dataclass
 import xxhash
 
 from fragfs.cache.layered import BASE_CREDIT_S, SERVED_CREDIT_S
-from fragfs.cache.pages import LARGE_PAGE_BYTES, collapse_pages
-from fragfs.cache.shared import SharedFragmentCache
-from fragfs.types import FragmentIdentity
+from fragfs.cache.pages import LARGE_PAGE_BYTES, collapse_pages, is_in_use
+from fragfs.cache.shared import WHOLE_PREFIX, SharedFragmentCache
+from fragfs.types import FragmentId, FragmentIdentity
 
 __all__ = ["WHOLE_BYTES_MIN", "Part", "Whole", "WholeFiles"]
 
@@ -40,10 +42,15 @@ WHOLE_BYTES_MIN = 1 << 20
 """Smaller contents are read in a request or two."""
 
 _SHARE_OF_BUDGET = 0.75
+_IDLE_S_MIN = 3600.0
+_MISSING_SHARE = 16
+"""Of a content, one part in so many may be fetched anew: small fragments have often left."""
+
+_LEAVING_BYTES_MIN = 64 << 10
+"""Smaller ones are of many contents: headers, padding."""
+
 _STEP_BYTES = 1 << 20
 _CREDIT_S = -1800.0
-_PREFIX = "w"
-"""No fragment's name begins with it: those are hexadecimal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Whole:
     @property
     def name(self) -> str:
         """Name of its file."""
-        return f"{_PREFIX}{self.number:x}-{self.sha256.hex()[:32]}"
+        return f"{WHOLE_PREFIX}{self.number:x}-{self.sha256.hex()[:32]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,38 +119,67 @@ class WholeFiles:
         _touch(found)
         return found
 
-    def make(self, whole: Whole, parts: Sequence[Part], is_wanted: Callable[[], bool]) -> bool:
+    def make(
+        self,
+        whole: Whole,
+        parts: Sequence[Part],
+        fetch: Callable[[FragmentIdentity], memoryview],
+        is_wanted: Callable[[], bool],
+    ) -> bool:
         """Put a content together; True if its file is there then, and was checked.
 
         Args:
             whole: The content.
             parts: All of it, in order.
+            fetch: Gets a fragment that has left the cache; only for a small share of the content.
             is_wanted: Asked between two parts; False ends it.
+
+        Raises:
+            FragmentError: A fragment could not be fetched.
         """
         if not self.takes(whole.size) or sum(part.size for part in parts) != whole.size:
             return False
-        found = self._open(whole)
-        if found is not None:
+        claim = FragmentId(whole.sha256)
+        if not self._shared.claim(claim):
+            return False  # another process is at it
+        try:
+            found = self._open(whole)
+            if found is None:
+                return self._put_together(whole, parts, fetch, is_wanted)
             try:
                 return self._adopt(whole, found, is_wanted)
             finally:
                 os.close(found)
+        finally:
+            self._shared.release(claim)
+
+    def _put_together(
+        self,
+        whole: Whole,
+        parts: Sequence[Part],
+        fetch: Callable[[FragmentIdentity], memoryview],
+        is_wanted: Callable[[], bool],
+    ) -> bool:
         # Where every byte is to be checked when it is read, the kernel may not read by itself.
-        if self._shared.is_suspect() or not all(
-            self._shared.holds(fragment.id) for fragment in _distinct(parts)
-        ):
+        if self._shared.is_suspect():
+            return False
+        missing = [one for one in _distinct(parts) if not self._shared.holds(one.id)]
+        if sum(one.raw_size for one in missing) * _MISSING_SHARE > whole.size:
             return False
         temporary = self._shared.temporary(whole.name)
+        known = None
         try:
-            known = self._write(temporary, whole.size, parts, is_wanted)
+            known = self._write(temporary, whole.size, parts, fetch, is_wanted)
             if known is not None:
                 os.rename(temporary, self._path(whole))
         except OSError as error:
             log.debug("no whole file: %s", error)
             known = None
+        finally:
+            if known is None:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
         if known is None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
             return False
         self._known[whole] = known
         self._shared.count(whole.size)
@@ -172,8 +208,8 @@ class WholeFiles:
         return False
 
     def holds(self) -> int:
-        """How many files it knows of; some may have left."""
-        return len(self._known)
+        """How many files there are that were checked."""
+        return sum(os.path.exists(self._path(whole)) for whole in list(self._known))
 
     # --- helpers
 
@@ -182,7 +218,9 @@ class WholeFiles:
 
     def _open(self, whole: Whole) -> int | None:
         try:
-            found = os.open(self._path(whole), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            # Without waiting for who looks whether it is in use.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            found = os.open(self._path(whole), flags)
         except OSError:
             return None
         if os.fstat(found).st_size == whole.size:
@@ -216,22 +254,31 @@ class WholeFiles:
         return True
 
     def _write(
-        self, path: str, size: int, parts: Sequence[Part], is_wanted: Callable[[], bool]
+        self,
+        path: str,
+        size: int,
+        parts: Sequence[Part],
+        fetch: Callable[[FragmentIdentity], memoryview],
+        is_wanted: Callable[[], bool],
     ) -> _Known | None:
         leaving = self._make_room(size, parts)
         if leaving is None:
             return None
         checksum = xxhash.xxh3_64()
-        written = collapsed = 0
+        written = collapsed = fetched = 0
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             has_small_pages = os.fstat(descriptor).st_blksize < LARGE_PAGE_BYTES
             for part in parts:
+                if not is_wanted():
+                    return None
                 fragment = part.fragment
                 file = self._shared.get(fragment.id, fragment.raw_size, check=True)
-                if file is None or not is_wanted():
-                    return None
-                view = file.view()[part.start : part.start + part.size]
+                if file is None:
+                    fetched += fragment.raw_size
+                    if fetched * _MISSING_SHARE > size:
+                        return None
+                view = (fetch(fragment) if file is None else file.view())[part.start :][: part.size]
                 if len(view) != part.size:
                     return None
                 checksum.update(view)
@@ -255,25 +302,52 @@ class WholeFiles:
     def _make_room(self, size: int, parts: Sequence[Part]) -> set[int] | None:
         """Have room for a file; gives the fragments that leave as soon as they are copied.
 
-        None if there cannot be room for it and for the fragments that stay.
+        None if there cannot be room for it and for what stays.
         """
         shared = self._shared
+        if not self._have_idle_leave(shared.files_bytes_max * _SHARE_OF_BUDGET - size):
+            return None
         room = shared.room()
-        if size <= room:
+        short = size - room
+        if short <= 0:
             return set()
         times = Counter(part.fragment.number for part in parts)
         fragments = _distinct(parts)
-        leaving = [one for one in fragments if times[one.number] == 1 and not one.is_base]
-        staying = sum(one.raw_size for one in fragments) - sum(one.raw_size for one in leaving)
+        leaving: set[int] = set()
+        freed = 0
+        for one in fragments:
+            is_spare = times[one.number] == 1 and not one.is_base
+            if freed < short and is_spare and one.raw_size >= _LEAVING_BYTES_MIN:
+                leaving.add(one.number)
+                freed += one.raw_size
+        staying = sum(one.raw_size for one in fragments) - freed
         if size + staying > shared.files_bytes_max:
             return None
-        for fragment in fragments:
+        for one in fragments:
             # Used now: what others left here goes first.
-            shared.touch(fragment.id, BASE_CREDIT_S)
-        short = size - room - sum(one.raw_size for one in leaving)
-        if short > 0:
-            shared.trim(shared.files_bytes_max - room - short)
-        return {one.number for one in leaving}
+            shared.touch(one.id, BASE_CREDIT_S)
+        if short > freed:
+            shared.trim(shared.files_bytes_max - room - (short - freed))
+        return leaving
+
+    def _have_idle_leave(self, bytes_max: float) -> bool:
+        """Have long unused whole files leave until the others fit; False if they do not."""
+        found = []
+        with os.scandir(self._shared.place.directory) as entries:
+            for entry in entries:
+                if entry.name.startswith(WHOLE_PREFIX):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat(follow_symlinks=False)
+                        found.append((status.st_mtime - _CREDIT_S, status.st_size, entry.path))
+        held = sum(size for _, size, _ in found)
+        for used, size, path in sorted(found):
+            if held <= bytes_max or time.time() - used < _IDLE_S_MIN:
+                break
+            if not is_in_use(path):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    held -= size
+        return held <= bytes_max
 
 
 def _touch(descriptor: int) -> None:

@@ -5,12 +5,13 @@ pyfuse3 answers nothing but `FUSEError`; any other exception that leaves a handl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from pyfuse3 import FUSEError
@@ -25,7 +26,7 @@ from fragfs.errors import (
     UsageError,
 )
 
-__all__ = ["FaultLog", "answering", "errno_of"]
+__all__ = ["FaultLog", "answering", "answering_at_once", "errno_of"]
 
 log = logging.getLogger(__name__)
 
@@ -121,17 +122,36 @@ def answering(
     async def answered(
         self: Handlers, /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        try:
+        with _refusing(self, handler.__name__):
             return await handler(self, *args, **kwargs)
-        except FUSEError:
-            raise
-        except Exception as error:
-            number = errno_of(error)
-            if number == errno.EIO:
-                self.faults.report(error, handler.__name__)
-            raise FUSEError(number) from error
 
     return answered
+
+
+def answering_at_once(
+    handler: Callable[Concatenate[Handlers, Arguments], Result],
+) -> Callable[Concatenate[Handlers, Arguments], Result]:
+    """Let nothing but `FUSEError` leave a request handler that waits for nothing."""
+
+    @functools.wraps(handler)
+    def answered(self: Handlers, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with _refusing(self, handler.__name__):
+            return handler(self, *args, **kwargs)
+
+    return answered
+
+
+@contextlib.contextmanager
+def _refusing(handlers: _Reporting, what: str) -> Iterator[None]:
+    try:
+        yield
+    except FUSEError:
+        raise
+    except Exception as error:
+        number = errno_of(error)
+        if number == errno.EIO:
+            handlers.faults.report(error, what)
+        raise FUSEError(number) from error
 
 
 def _names(models: Callable[[], list[bytes]]) -> str:

@@ -552,8 +552,8 @@ def _passthrough(facts: MountFacts, status: dict[str, Any]) -> Iterator[Finding]
             if facts.options.get("passthrough") is False
             else "off: only of a mount by root, with its cache in memory, the kernel takes files"
         )
-    elif passthrough["refused"] is not None:
-        why = f"off: the kernel takes no files, which needs Linux 6.9 ({passthrough['refused']})"
+    elif passthrough["off"] is not None:
+        why = f"off: {passthrough['off']}"
     else:
         why = (
             f"on: files that were read once are read by the kernel itself; it has"

@@ -73,7 +73,7 @@ def find_front_module() -> ModuleType | None:
 class Reads(Protocol):
     """Who knows of contents and fragments; `mount.operations` in a mount."""
 
-    async def open_content(self, number: int, flags: int) -> int:
+    def open_content(self, number: int, flags: int) -> int:
         """Open a handle; gives what the kernel is to read instead of asking, or 0.
 
         Raises FUSEError.
@@ -152,7 +152,7 @@ class Front:
                             nursery.cancel_scope.cancel()
                             return int(size)
                         if kind == _OPENS:
-                            nursery.start_soon(self._open, reads, request, content, offset)
+                            self._open(reads, request, content, offset)
                             continue
                         if kind == _CLOSES:
                             self._close(reads, request, content)
@@ -161,9 +161,9 @@ class Front:
                         if kind == _MISSED:
                             nursery.start_soon(self._answer, reads, request, content, offset, size)
 
-    async def _open(self, reads: Reads, request: int, number: int, flags: int) -> None:
+    def _open(self, reads: Reads, request: int, number: int, flags: int) -> None:
         try:
-            backing = await reads.open_content(number, flags)
+            backing = reads.open_content(number, flags)
         except FUSEError as error:
             self._refuse(request, error.errno)
             return
@@ -175,6 +175,7 @@ class Front:
         header = OUT_HEADER.pack(OUT_HEADER.size + len(reply), 0, request)
         if not self._send(header, reply):
             reads.close_content(number)
+            self._refuse(request, errno.EIO)  # should anybody wait for it all the same
 
     def _close(self, reads: Reads, request: int, handle: int) -> None:
         try:
@@ -230,6 +231,10 @@ class Front:
         """Reads it answered, the bytes of them, and how many fragments it opened."""
         reads, bytes_returned, opened = self._front.counters()
         return reads, bytes_returned, opened
+
+    def has_passthrough(self) -> bool:
+        """Whether the kernel offered passthrough, and was asked for it."""
+        return bool(self._front.has_passthrough())
 
     def want_passthrough(self) -> None:
         """Ask the kernel for passthrough when it greets; before `run`."""

@@ -26,9 +26,10 @@ from fragfs.library.extents import OpenContent
 from fragfs.library.library import FragmentLibrary
 from fragfs.library.tree import Directory, File, TreeNode
 from fragfs.mount.contents import OpenContents
-from fragfs.mount.errors import FaultLog, answering
+from fragfs.mount.errors import FaultLog, answering, answering_at_once
 from fragfs.mount.inodes import ROOT_INODE, Inode, InodeTable
 from fragfs.mount.reading import MountReading
+from fragfs.mount.residency import XATTR_PASSTHROUGH
 from fragfs.mount.view import Tree, join_path
 
 __all__ = ["ENTRY_TIMEOUT_S", "XATTR_STATUS", "MountOperations", "Ownership"]
@@ -187,8 +188,8 @@ class MountOperations(pyfuse3.Operations):
         self._open_content(number, flags)
         return FileInfo(fh=number, keep_cache=True, direct_io=False)
 
-    @answering
-    async def open_content(self, number: int, flags: int) -> int:
+    @answering_at_once
+    def open_content(self, number: int, flags: int) -> int:
         """Open a file for reading; gives what the kernel is to read instead of asking, or 0."""
         self._open_content(number, flags)
         return self._reading.backing(number)
@@ -207,7 +208,11 @@ class MountOperations(pyfuse3.Operations):
         except NotFoundError as error:
             raise FUSEError(errno.ESTALE) from error
         if not is_open:
-            self._reading.open_file(self._contents[number])
+            try:
+                self._reading.open_file(self._contents[number])
+            except BaseException:
+                self._contents.close(number)
+                raise
 
     @answering
     async def read(  # type: ignore[override]  # pyfuse3 sends any contiguous buffer
@@ -275,6 +280,9 @@ class MountOperations(pyfuse3.Operations):
         if number == ROOT_INODE and name == XATTR_STATUS:
             return json.dumps(self._status()).encode()
         node = self._inode(number).node
+        # Not listed: it is no property of the file that a copy could have.
+        if name == XATTR_PASSTHROUGH and isinstance(node, File):
+            return b"%d" % bool(self._reading.backing(number))
         if name not in _XATTRS or not isinstance(node, File):
             raise FUSEError(pyfuse3.ENOATTR)
         if name == _XATTR_MODELS:

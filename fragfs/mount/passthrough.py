@@ -5,8 +5,7 @@ one file (`cache.whole`), by a thread that goes on while nobody reads through th
 opened next, the kernel is handed that file: reads and mappings are then the file's, and come here
 no more.
 
-What the page cache has of a content stays there: that costs nobody memory who needs it, and serves
-where the file has left the cache.
+The first of these opens drops what the page cache has of the content.
 
 The kernel wants all handles of an inode to be of one kind: while one is open, others are opened
 like it.
@@ -17,6 +16,7 @@ Source: Linux `Documentation/filesystems/fuse-passthrough.rst`, since 6.9; needs
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -39,7 +39,10 @@ _BACKING_MAP = struct.Struct("=iIQ")
 _BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
 _BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
 _READ_SHARE = 2
-_CHECK_ONE_IN = 16
+_CHECKED_S = 60.0
+"""What is closed is checked again if that was not done for so long."""
+
+_REFUSALS = frozenset({errno.EPERM, errno.ENOTTY, errno.ENOSYS, errno.EOPNOTSUPP, errno.ELOOP})
 _QUIET_S = 0.1
 _PATIENCE_S = 1.0
 """How long the thread waits for quiet before each part: where there is never any, it goes on
@@ -55,23 +58,31 @@ class Passthrough:
     """Which contents the kernel reads itself. Belongs to the event loop's thread.
 
     Args:
-        device: The mount's device; passthrough was asked for when it was initialised.
+        device: The mount's device.
+        is_offered: Whether the kernel agreed to passthrough; asked once a file was read.
         shared: Where whole files are.
         identify_all: What fragments are, by number; called in another thread.
+        decode: Decodes a fragment; called in another thread.
     """
 
     def __init__(
         self,
         device: int,
+        is_offered: Callable[[], bool],
         shared: SharedFragmentCache,
         identify_all: Callable[[Sequence[int]], list[FragmentIdentity]],
+        decode: Callable[[int], memoryview],
     ) -> None:
-        self._device = device
+        # Its own: the thread may use it when the mount has given up its device.
+        self._device = os.dup(device)
+        self._is_offered = is_offered
         self._shared = shared
         self._identify_all = identify_all
+        self._decode = decode
         self._whole = WholeFiles(shared)
         self._backings: dict[int, int] = {}  # by number of each content that is open; 0 is none
         self._read_bytes: dict[int, int] = {}
+        self._checked_at: dict[int, float] = {}
         self._last_read = 0.0
         self._opened = 0
         self._refused: str | None = None
@@ -111,24 +122,29 @@ class Passthrough:
         read_bytes = self._read_bytes.pop(content.number, 0)
         if backing:
             self._take_back(backing)
-            if self._opened % _CHECK_ONE_IN == 0:
+            if time.monotonic() - self._checked_at.get(content.number, 0.0) > _CHECKED_S:
                 self._enqueue(content, is_to_check=True)
         elif read_bytes * _READ_SHARE >= content.size and self._whole.takes(content.size):
             self._enqueue(content, is_to_check=False)
 
-    def close(self) -> None:
-        """End the thread."""
+    def close(self) -> bool:
+        """End the thread; False if it still uses the cache."""
         self._is_ended = True
         self._queue.put(None)
         self._thread.join(_ENDS_S_MAX)
+        if self._thread.is_alive():
+            return False
+        os.close(self._device)
+        return True
 
     def status(self) -> dict[str, object]:
-        """How many files there are, how often they were opened, and why there are none."""
-        return {
-            "files": self._whole.holds(),
-            "opened": self._opened,
-            "refused": self._refused,
-        }
+        """How many files there are, how often they were opened, and why no more are."""
+        why = self._refused
+        if why is None and not self._is_offered():
+            why = "the kernel does not offer it, which Linux does since 6.9"
+        if why is None and self._shared.checks_all:
+            why = "damage was found in the fragment cache: every byte is checked when it is read"
+        return {"files": self._whole.holds(), "opened": self._opened, "off": why}
 
     # --- helpers
 
@@ -160,10 +176,17 @@ class Passthrough:
                 self._queued.discard(content.number)
 
     def _take(self, content: OpenContent, is_to_check: bool) -> None:
+        if not self._is_wanted() or not self._is_possible():
+            return
+        whole = _whole_of(content)
         if is_to_check:
-            self._whole.check(_whole_of(content), self._is_wanted)
-        elif self._is_possible():
-            self._whole.make(_whole_of(content), self._parts(content), self._is_wanted)
+            self._whole.check(whole, self._is_wanted)
+        elif not self._whole.make(whole, self._parts(content), self._fetch, self._is_wanted):
+            return
+        self._checked_at[content.number] = time.monotonic()
+
+    def _fetch(self, fragment: FragmentIdentity) -> memoryview:
+        return self._decode(fragment.number)
 
     def _is_wanted(self) -> bool:
         """Wait until nobody reads; False if the mount ends."""
@@ -176,15 +199,16 @@ class Passthrough:
         return False
 
     def _is_possible(self) -> bool:
-        """Whether the kernel takes files of the cache; asked before any is put together."""
-        if not self._is_tried:
+        """Whether the kernel takes files of the cache; tried before any is put together."""
+        if self._refused is None and not self._is_tried and self._is_offered():
             try:
                 self._take_back(self._hand_over(self._shared.fileno()))
+                self._is_tried = True
             except OSError as error:
-                self._refused = error.strerror or str(error)
-                log.info("no passthrough: %s", self._refused)
-            self._is_tried = True
-        return self._refused is None
+                if error.errno in _REFUSALS:
+                    self._refused = f"this process may not ({error.strerror})"
+                    log.info("no passthrough: %s", self._refused)
+        return self._is_tried
 
     def _parts(self, content: OpenContent) -> list[Part]:
         numbers = list(dict.fromkeys(content.extents.fragments))

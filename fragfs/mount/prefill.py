@@ -310,6 +310,7 @@ class Prefill:
         read_ahead_kb: How far the kernel reads ahead on the mount; None if it does not say.
         offer: Told the number of each fragment that a reader will want soon, and whether it is
             decoded already.
+        note_stored: Told the number of a content and how many bytes of it were stored.
     """
 
     def __init__(
@@ -321,7 +322,9 @@ class Prefill:
         cache_bytes_max: int,
         read_ahead_kb: Callable[[], int | None],
         offer: Callable[[int, bool], None] | None = None,
+        note_stored: Callable[[int, int], None] | None = None,
     ) -> None:
+        self._note_stored = note_stored
         self._read_ahead_kb = read_ahead_kb
         self._offer = offer
         self._window_bytes_max = min(_WINDOW_BYTES_MAX, cache_bytes_max // _WINDOWS_PER_CACHE)
@@ -452,6 +455,8 @@ class Prefill:
             for fragment, piece in zip(fragments, pieces, strict=True)
         ]
         await pusher.store(content.number, start, parts)
+        if self._note_stored is not None:
+            self._note_stored(content.number, stop - start)
 
     def _is_memory_short(self) -> bool:
         now = time.monotonic()

@@ -84,6 +84,7 @@ class MountReading:
         self._prefill: Prefill | None = None
         self._pusher: Pusher | None = None
         self._passthrough: Passthrough | None = None
+        self._is_left = True  # by the thread that puts files together
         self._reads = 0
         self._bytes_returned = 0
 
@@ -103,7 +104,13 @@ class MountReading:
                 log.warning("fragments will be given to the front one by one: %s", error)
             if self._options.passthrough and shared.place.in_memory and os.geteuid() == 0:
                 front.want_passthrough()
-                self._passthrough = Passthrough(front.device, shared, self._library.identities)
+                self._passthrough = Passthrough(
+                    front.device,
+                    front.has_passthrough,
+                    shared,
+                    self._library.identities,
+                    lambda number: self._library.decode_fragment(number, self._cache),
+                )
         if self._pool is not None:
             self._pool.start()
         if not self._options.prefill or self._place is None:
@@ -129,18 +136,19 @@ class MountReading:
             self._place.bytes_max,
             lambda: entry.read_ahead_kb,
             self._offer if front is not None else None,
+            self._passthrough.note_read if self._passthrough is not None else None,
         )
 
     def close(self) -> None:
         """End what holds the mount's device; the others end with the nursery."""
         if self._passthrough is not None:
-            self._passthrough.close()
+            self._is_left = self._passthrough.close()
         if self._pusher is not None:
             self._pusher.close()
 
     def leave_cache(self) -> None:
         """Stop using the shared cache: when nothing reads, decodes or stores any more."""
-        if self._cache.shared is not None:
+        if self._cache.shared is not None and self._is_left:
             self._cache.shared.close()
 
     def on_change(self) -> None:

@@ -1,4 +1,4 @@
-"""Which pages of a file are in the kernel's page cache, and dropping them. Reads no byte of it.
+"""Which pages of a mounted file are in memory, and dropping them. Reads no byte of it.
 
 Source: mincore(2), posix_fadvise(2).
 """
@@ -11,7 +11,10 @@ import mmap
 import os
 from dataclasses import dataclass
 
-__all__ = ["Residency", "count_resident", "drop_pages"]
+__all__ = ["XATTR_PASSTHROUGH", "Residency", "count_resident", "drop_pages"]
+
+XATTR_PASSTHROUGH = b"user.fragfs.passthrough"
+"""Of a file that is open: 1 if the kernel reads it itself from the fragment cache, else 0."""
 
 _STEP_BYTES = 1 << 30
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -27,10 +30,12 @@ class Residency:
         pages: Pages it has.
         resident: Those in memory; None if the kernel does not tell this user: of files that belong
             to somebody else it says that all are.
+        is_cache: They are the fragment cache's own, not pages that can be dropped.
     """
 
     pages: int
     resident: int | None
+    is_cache: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -52,7 +57,14 @@ def count_resident(descriptor: int) -> Residency:
     resident = 0
     for start in range(0, status.st_size, _STEP_BYTES):
         resident += _count_step(descriptor, start, min(_STEP_BYTES, status.st_size - start))
-    return Residency(pages, resident)
+    return Residency(pages, resident, _is_passed_through(descriptor))
+
+
+def _is_passed_through(descriptor: int) -> bool:
+    try:
+        return os.getxattr(descriptor, XATTR_PASSTHROUGH) == b"1"
+    except OSError:
+        return False
 
 
 def _count_step(descriptor: int, start: int, size: int) -> int:

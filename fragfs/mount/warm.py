@@ -152,8 +152,9 @@ def measure_need(
     """How many bytes of files are not in memory yet, and for how many there is room."""
     distinct = _distinct(files)
     total = sum(file.size for file in distinct)
-    resident = sum(map(_resident_bytes, distinct))
-    return total - resident, max(0, memory() - resident - MEMORY_KEPT_BYTES)
+    found = [_resident_bytes(file) for file in distinct]
+    resident, droppable = (sum(column) for column in zip((0, 0), *found, strict=True))
+    return total - resident, max(0, memory() - droppable - MEMORY_KEPT_BYTES)
 
 
 def _distinct(files: Iterable[WarmFile]) -> list[WarmFile]:
@@ -179,17 +180,17 @@ def warm_files(
     distinct = _distinct(files)
     report = WarmReport(len(files), sum(file.size for file in distinct))
     parts: list[_Part] = []
-    resident = 0
+    droppable = 0
     for file in distinct:
-        held = _resident_bytes(file)
-        resident += held
+        held, of_page_cache = _resident_bytes(file)
+        droppable += of_page_cache
         cold_share = 1 - held / file.size if file.size else 0.0
         parts += (
             _Part(file, start, min(start + _PART_BYTES, file.size), cold_share)
             for start in range(0, file.size, _PART_BYTES)
         )
     progress.start("warming", report.total_bytes)
-    work = _Work(parts, _Budget(memory, resident))
+    work = _Work(parts, _Budget(memory, droppable))
 
     def advance(file: WarmFile, size: int) -> None:
         progress.note(os.fsdecode(file.name))
@@ -244,20 +245,25 @@ def _read_holes(parts: Sequence[_Part], threads: int) -> None:
     _run(_Work(again, _Budget(lambda: _PLENTY, 0)), min(threads, len(again)), lambda *_: None)
 
 
-def _resident_bytes(file: WarmFile) -> int:
+def _resident_bytes(file: WarmFile) -> tuple[int, int]:
+    """Bytes of a file that are in memory, and how many of them are in the page cache.
+
+    What the page cache has counts as memory that can be had, and what the fragment cache has not.
+    """
     found = _with_open(file, lambda _: None).residency
     if found is None or found.resident is None or not found.pages:
-        return 0
-    return file.size * found.resident // found.pages
+        return 0, 0
+    resident = file.size * found.resident // found.pages
+    return resident, 0 if found.is_cache else resident
 
 
 class _Budget:
     """Says when to stop: before what was read would push itself, or others, out."""
 
-    def __init__(self, memory: Callable[[], int], resident: int) -> None:
+    def __init__(self, memory: Callable[[], int], droppable: int) -> None:
         self._memory = memory
-        # What was there before is in the figure of available memory as well.
-        self._held = resident
+        # What was in the page cache before is in the figure of available memory as well.
+        self._held = droppable
 
     def has_room_for(self, size: int) -> bool:
         """Whether `size` more bytes of page cache fit."""

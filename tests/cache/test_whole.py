@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import hashlib
+import mmap
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from fragfs.cache.layered import BASE_CREDIT_S, SERVED_CREDIT_S
 from fragfs.cache.pages import LARGE_PAGE_BYTES, collapse_pages
 from fragfs.cache.shared import FOOTER, SharedFragmentCache, file_name
 from fragfs.cache.whole import WHOLE_BYTES_MIN, Part, Whole, WholeFiles
-from fragfs.types import FragmentIdentity
+from fragfs.errors import IntegrityError
+from fragfs.types import FragmentId, FragmentIdentity
 from tests.cache.support import drop, fragment_of, place_at, raw_of
 
 SIZES = [1_000_000, 5, 1_300_001, 70_000]
@@ -22,6 +25,10 @@ BUDGET = 32 << 20
 
 def always():
     return True
+
+
+def nothing(fragment):
+    raise AssertionError(f"fragment {fragment.number} was fetched")
 
 
 class Content:
@@ -100,28 +107,71 @@ def test_what_was_put_together_is_the_content(shared, whole):
     content = Content()
     content.put(shared)
     assert read(whole, content) is None
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     assert read(whole, content) == content.data
     assert whole.holds() == 1
     assert whole.check(content.whole, always)
     # Once is enough.
     before = path_of(shared, content).stat().st_ino
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     assert path_of(shared, content).stat().st_ino == before
     # Where there is room the fragments stay.
     assert all(content.is_held(shared))
     assert shared.statistics().bytes_held == content.size + sum(SIZES) + 4 * FOOTER.size
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_where_a_fragment_is_missing_there_is_no_file(shared, whole, which):
+@pytest.mark.parametrize("which", [0, 2])
+def test_where_much_is_missing_there_is_no_file(shared, whole, which):
     content = Content()
     content.put(shared)
     drop(shared, content.fragments[which].id)
     before = names_in(shared.place.directory)
-    assert not whole.make(content.whole, content.parts, always)
+    assert not whole.make(content.whole, content.parts, nothing, always)
     assert read(whole, content) is None
     assert names_in(shared.place.directory) == before
+
+
+def test_a_little_that_is_missing_is_fetched(shared, whole):
+    content = Content()
+    content.put(shared)
+    fetched = []
+
+    def fetch(fragment):
+        fetched.append(fragment)
+        return content.raws[content.fragments.index(fragment)]
+
+    for which in (1, 3):
+        drop(shared, content.fragments[which].id)
+    assert whole.make(content.whole, content.parts, fetch, always)
+    assert fetched == [content.fragments[1], content.fragments[3]]
+    assert read(whole, content) == content.data
+
+
+def test_what_leaves_meanwhile_and_is_much_ends_it(shared, whole):
+    content = Content()
+    content.put(shared)
+
+    def leave():
+        drop(shared, content.fragments[2].id)
+        return True
+
+    assert not whole.make(content.whole, content.parts, nothing, leave)
+    assert not [name for name in os.listdir(shared.place.directory) if "w" in name]
+
+
+def test_one_that_cannot_be_fetched_leaves_nothing(shared, whole):
+    content = Content()
+    content.put(shared)
+    drop(shared, content.fragments[1].id)
+
+    def fetch(fragment):
+        raise IntegrityError("damaged")
+
+    before = set(os.listdir(shared.place.directory))
+    with pytest.raises(IntegrityError):
+        whole.make(content.whole, content.parts, fetch, always)
+    assert set(os.listdir(shared.place.directory)) == before
+    assert shared.claim(FragmentId(content.whole.sha256))
 
 
 def test_a_fragment_that_changed_is_in_no_file(shared, whole):
@@ -131,12 +181,12 @@ def test_a_fragment_that_changed_is_in_no_file(shared, whole):
     data = bytearray(path.read_bytes())
     data[5] ^= 1
     path.write_bytes(data)
-    assert not whole.make(content.whole, content.parts, always)
+    assert not whole.make(content.whole, content.parts, nothing, always)
     assert shared.statistics().damaged == 1
     assert not path_of(shared, content).exists()
     # From then on every byte is checked, which the kernel does not do.
     content.put(shared)
-    assert not whole.make(content.whole, content.parts, always)
+    assert not whole.make(content.whole, content.parts, nothing, always)
 
 
 def test_what_is_not_wanted_any_more_leaves_nothing(shared, whole):
@@ -144,7 +194,7 @@ def test_what_is_not_wanted_any_more_leaves_nothing(shared, whole):
     content.put(shared)
     wanted = iter([True, True, False])
     before = set(os.listdir(shared.place.directory))
-    assert not whole.make(content.whole, content.parts, lambda: next(wanted))
+    assert not whole.make(content.whole, content.parts, nothing, lambda: next(wanted))
     assert set(os.listdir(shared.place.directory)) == before
 
 
@@ -158,9 +208,9 @@ def test_a_full_disk_leaves_nothing(shared, whole, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(module.os, "pwrite", full)
-        assert not whole.make(content.whole, content.parts, always)
+        assert not whole.make(content.whole, content.parts, nothing, always)
     assert set(os.listdir(shared.place.directory)) == before
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
 
 
 def test_small_and_large_contents_are_left_alone(shared, whole):
@@ -170,27 +220,27 @@ def test_small_and_large_contents_are_left_alone(shared, whole):
     assert not whole.takes(shared.files_bytes_max * 3 // 4 + 1)
     content = Content(sizes=[1000, 5, 1000, 500])
     content.put(shared)
-    assert not whole.make(content.whole, content.parts, always)
+    assert not whole.make(content.whole, content.parts, nothing, always)
 
 
 def test_there_are_none_on_disk(directory):
     with contextlib.closing(SharedFragmentCache(place_at(directory, BUDGET))) as shared:
         content = Content()
         content.put(shared)
-        assert not WholeFiles(shared).make(content.whole, content.parts, always)
+        assert not WholeFiles(shared).make(content.whole, content.parts, nothing, always)
 
 
 def test_parts_that_are_not_all_of_it_make_no_file(shared, whole):
     content = Content()
     content.put(shared)
-    assert not whole.make(content.whole, content.parts[:-1], always)
+    assert not whole.make(content.whole, content.parts[:-1], nothing, always)
 
 
 def test_of_two_contents_with_one_sha256_none_is_the_other(shared, whole):
     """As a damaged catalog may say."""
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     assert whole.open(Whole(5, content.whole.sha256, content.size)) is None
 
 
@@ -219,13 +269,13 @@ def test_the_budget_is_kept_and_what_is_a_base_stays(directory, monkeypatch):
 
         monkeypatch.setattr(module.os, "pwrite", watched)
         whole = WholeFiles(shared)
-        assert whole.make(content.whole, content.parts, always)
+        assert whole.make(content.whole, content.parts, nothing, always)
         assert read(whole, content) == content.data
         # A fragment is there once more until it was copied.
         assert most <= limit + 1_300_001
         assert shared.statistics().bytes_held <= limit
-        # The first is used twice, the third is a base; the others were copied and left.
-        assert content.is_held(shared) == [True, False, True, False]
+        # The first is used twice, the second is small, the third is a base.
+        assert content.is_held(shared) == [True, True, True, False]
 
 
 def test_what_has_no_room_beside_its_bases_is_left_as_it_is(directory):
@@ -236,20 +286,93 @@ def test_what_has_no_room_beside_its_bases_is_left_as_it_is(directory):
         whole = WholeFiles(shared)
         assert whole.takes(content.size)
         before = names_in(place.directory)
-        assert not whole.make(content.whole, content.parts, always)
+        assert not whole.make(content.whole, content.parts, nothing, always)
         assert names_in(place.directory) == before
 
 
 def test_a_file_leaves_as_fragments_do(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     shared.trim(0)
     assert read(whole, content) is None
     assert whole.holds() == 0
     content.put(shared)
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     assert read(whole, content) == content.data
+
+
+def test_what_is_open_or_mapped_stays(shared, whole):
+    """Its memory would not be free."""
+    content = Content()
+    content.put(shared)
+    assert whole.make(content.whole, content.parts, nothing, always)
+    found = whole.open(content.whole)
+    shared.trim(0)
+    assert names_in(shared.place.directory) == {content.whole.name}
+    assert shared.statistics().bytes_held == content.size
+    mapped = mmap.mmap(found, content.size, prot=mmap.PROT_READ)
+    os.close(found)
+    shared.trim(0)
+    assert mapped[:] == content.data
+    assert read(whole, content) == content.data
+    mapped.close()
+    shared.trim(0)
+    assert names_in(shared.place.directory) == set()
+
+
+def test_what_is_being_written_counts(shared):
+    path = Path(shared.temporary("w1"))
+    path.write_bytes(bytes(1_000_000))
+    room = shared.room()
+    path.unlink()
+    assert shared.room() == room + 1_000_000
+
+
+def make_some(whole, shared, count, **changes):
+    """As many contents of 2.3 MB, put together one after the other; which of them were."""
+    made = []
+    for seed in range(1, count + 1):
+        content = Content(seed, **changes)
+        content.put(shared)
+        for fragment in content.fragments:
+            shared.touch(fragment.id, SERVED_CREDIT_S)
+        made.append((content, whole.make(content.whole, content.parts, nothing, always)))
+    return made
+
+
+def test_files_used_within_the_hour_leave_for_no_other(directory):
+    place = place_at(directory, 12_000_000, in_memory=True)
+    with contextlib.closing(SharedFragmentCache(place)) as shared:
+        whole = WholeFiles(shared)
+        made = make_some(whole, shared, 4)
+        # Three quarters of what is for files: two of them.
+        assert [is_made for _, is_made in made] == [True, True, False, False]
+        first, third = made[0][0], made[2][0]
+        used = time.time() - 3700
+        os.utime(path_of(shared, first), (used - 1800, used - 1800))
+        found = whole.open(first.whole)  # it is used now
+        third.put(shared)
+        assert not whole.make(third.whole, third.parts, nothing, always)
+        os.utime(path_of(shared, first), (used - 1800, used - 1800))
+        # As if used long ago, but open.
+        assert not whole.make(third.whole, third.parts, nothing, always)
+        os.close(found)
+        os.utime(path_of(shared, first), (used - 1800, used - 1800))
+        assert whole.make(third.whole, third.parts, nothing, always)
+        assert read(whole, first) is None
+        assert read(whole, third) == third.data
+
+
+def test_one_process_at_a_time_puts_a_content_together(directory, shared, whole):
+    content = Content()
+    content.put(shared)
+    with contextlib.closing(SharedFragmentCache(shared.place)) as other:
+        claim = FragmentId(content.whole.sha256)
+        assert other.claim(claim)
+        assert not whole.make(content.whole, content.parts, nothing, always)
+        other.release(claim)
+        assert whole.make(content.whole, content.parts, nothing, always)
 
 
 def test_it_leaves_after_what_was_served_and_before_bases(shared, whole):
@@ -257,7 +380,7 @@ def test_it_leaves_after_what_was_served_and_before_bases(shared, whole):
     content.put(shared)
     for fragment in content.fragments:
         shared.touch(fragment.id, BASE_CREDIT_S if fragment.is_base else SERVED_CREDIT_S)
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     first, small, large, last = content.fragments
     path = path_of(shared, content)
     for _ in range(2):
@@ -274,13 +397,13 @@ def test_it_leaves_after_what_was_served_and_before_bases(shared, whole):
 def test_the_file_of_another_process_is_used_once_it_was_checked(directory, shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     other = WholeFiles(shared)
     assert read(other, content) is None
     inode = path_of(shared, content).stat().st_ino
     for fragment in content.fragments:
         drop(shared, fragment.id)
-    assert other.make(content.whole, content.parts, always)
+    assert other.make(content.whole, content.parts, nothing, always)
     assert read(other, content) == content.data
     assert path_of(shared, content).stat().st_ino == inode
 
@@ -294,7 +417,7 @@ def test_a_wrong_file_of_another_process_is_removed(shared, whole, size_changes)
     if size_changes:
         del data[-1]
     path_of(shared, content).write_bytes(data)
-    assert not whole.make(content.whole, content.parts, always)
+    assert not whole.make(content.whole, content.parts, nothing, always)
     assert not path_of(shared, content).exists()
     assert read(whole, content) is None
     assert shared.statistics().damaged == 1
@@ -303,7 +426,7 @@ def test_a_wrong_file_of_another_process_is_removed(shared, whole, size_changes)
 def test_a_file_that_changed_is_found_and_removed(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     with path_of(shared, content).open("r+b") as file:
         file.seek(2_000_000)
         file.write(b"?")
@@ -316,7 +439,7 @@ def test_a_file_that_changed_is_found_and_removed(shared, whole):
 def test_nothing_is_opened_once_damage_was_found(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     shared.drop_damaged("whatever")
     assert read(whole, content) is None
 
@@ -324,7 +447,7 @@ def test_nothing_is_opened_once_damage_was_found(shared, whole):
 def test_another_file_in_its_place_is_not_opened(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, always)
+    assert whole.make(content.whole, content.parts, nothing, always)
     path = path_of(shared, content)
     path.with_suffix(".new").write_bytes(bytes(content.size))
     path.with_suffix(".new").rename(path)

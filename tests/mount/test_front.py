@@ -677,8 +677,7 @@ class FakeReads:
         self.noted = []
         self.closed = trio.Event()
 
-    async def open_content(self, number, flags):
-        await trio.lowlevel.checkpoint()
+    def open_content(self, number, flags):
         if isinstance(self.opened, Exception):
             raise self.opened
         return self.opened

@@ -1,15 +1,18 @@
 """Files that the kernel reads itself: the same bytes, whatever is opened, evicted or killed."""
 
+import hashlib
 import json
 import mmap
 import os
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from fragfs.cache.pages import is_in_use
 from fragfs.mount.table import find_mount
 from fragfs.mount.unmount import detach
 from tests.mount.support import (
@@ -31,11 +34,19 @@ SHARD = "model-00001-of-00004.safetensors"
 OTHER = "model-00002-of-00004.safetensors"
 
 
+SOME_S = 8
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
 def status_of(mountpoint):
     return json.loads(os.getxattr(mountpoint, "user.fragfs.status"))
 
 
 def read_once(path):
+    """All bytes of a file, by one handle."""
     with open(path, "rb", buffering=0) as file:
         return file.read()
 
@@ -86,8 +97,6 @@ class Passing:
 @pytest.fixture
 def memory(tmp_path_factory):
     """A directory in shared memory for the cache of a test."""
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="fragfs-test-", dir="/dev/shm") as made:
         yield Path(made)
 
@@ -101,10 +110,10 @@ def passing(mounts, library_path, memory):
     path = made.model / OTHER
     read_once(path)
     wait_until(
-        lambda: made.status()["passthrough"]["files"] or made.status()["passthrough"]["refused"],
+        lambda: made.status()["passthrough"]["files"] or made.status()["passthrough"]["off"],
         20,
     )
-    if made.status()["passthrough"]["refused"] is not None:
+    if made.status()["passthrough"]["off"] is not None:
         pytest.skip("this kernel takes no files")
     return made
 
@@ -124,13 +133,24 @@ def test_what_was_read_is_read_by_the_kernel_then(passing, source):
     assert passing.opened == opened + 2
 
 
-def test_small_files_and_what_was_only_looked_at_stay_as_they_are(passing):
-    files = passing.status()["passthrough"]["files"]
-    with open(passing.model / SHARD, "rb") as file:
+def test_what_was_only_looked_at_stays_as_it_is(passing):
+    """Although all of it is decoded: read through handles that stay open."""
+    path = passing.model / SHARD
+    with open(path, "rb") as file:
+        while file.read(1 << 20):
+            pass
+    wait_until(lambda: passing.is_passed(SHARD), 20)
+    for found in whole_files(passing.mountpoint).values():
+        found.unlink()
+    drop_pages(path)
+    with open(path, "rb") as file:
         file.read(100_000)
     read_once(passing.model / "config.json")
-    time.sleep(0.2)
-    assert passing.status()["passthrough"]["files"] == files
+    time.sleep(0.5)
+    assert not whole_files(passing.mountpoint)
+    drop_pages(path)
+    read_once(path)
+    wait_until(lambda: passing.is_passed(SHARD), 20)
 
 
 def test_handles_of_both_kinds_are_never_mixed(passing, source):
@@ -160,6 +180,7 @@ def test_a_mapping_outlives_its_handle_and_the_file(passing, source):
     expected = (source / SHARD).read_bytes()
     with open(passing.model / SHARD, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    assert is_in_use(os.fspath(path))
     path.unlink()
     with open(passing.model / SHARD, "rb") as asked:
         assert asked.read() == expected
@@ -192,20 +213,29 @@ def test_advice_to_read_ahead_is_answered_all_the_same(passing, source):
         assert file.read() == (source / SHARD).read_bytes()
 
 
-def test_a_file_that_was_damaged_is_found_and_left(passing, source):
-    path = passing.put_together()
-    with path.open("r+b") as file:
-        file.seek(1_000_000)
-        file.write(b"damage")
-    with open(passing.model / OTHER, "rb"):
-        pass
-    deadline = time.monotonic() + 20
-    while path.exists():
-        assert time.monotonic() < deadline
-        with open(passing.model / SHARD, "rb"):
-            pass
-    assert passing.status()["cache"]["damaged"] == 1
+def test_once_damage_was_found_the_kernel_reads_nothing_more(passing, source):
+    """It checks nothing; doctor says why it does not read."""
+    passing.put_together()
+    directory = Path(passing.status()["cache"]["directory"])
+    with (directory / ".claims").open("r+b") as file:  # as any process does that finds damage
+        file.write(b"D")
+    assert not passing.is_passed(SHARD)
     assert read_once(passing.model / SHARD) == (source / SHARD).read_bytes()
+    assert "damage" in passing.status()["passthrough"]["off"]
+
+
+def test_pages_that_were_touched_at_random_count_as_read(passing, source):
+    expected = (source / SHARD).read_bytes()
+    order = list(range(0, len(expected), 4096))
+    random.Random(5).shuffle(order)
+    drop_pages(passing.model / SHARD)
+    with (
+        open(passing.model / SHARD, "rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        mapped.madvise(mmap.MADV_RANDOM)
+        assert all(mapped[start] == expected[start] for start in order)
+    wait_until(lambda: passing.is_passed(SHARD), 20)
 
 
 def test_off_when_told_so(mounts, library_path, memory, source):
@@ -228,6 +258,21 @@ def test_another_mount_uses_the_files_once_it_has_checked_them(
     assert read_once(other.model / SHARD) == expected
 
 
+MAP_ONLY_AND_WAIT = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+descriptor = os.open(sys.argv[1], os.O_RDONLY)
+size = os.fstat(descriptor).st_size
+address = libc.mmap(None, ctypes.c_size_t(size), 1, mmap.MAP_SHARED, descriptor, ctypes.c_long(0))
+os.close(descriptor)
+mapped = (ctypes.c_ubyte * size).from_address(address)
+assert hashlib.sha256(bytes(mapped[: 1 << 20])).hexdigest() == sys.argv[2]
+pause()
+assert hashlib.sha256(mapped).hexdigest() == sys.argv[3]
+print("right")
+"""
+
 MAP_AND_WAIT = """
 mapped = map_file(sys.argv[1])
 assert hashlib.sha256(mapped[: 1 << 20]).hexdigest() == sys.argv[2]
@@ -238,8 +283,6 @@ print("right")
 
 
 def test_who_has_it_mapped_reads_on_when_the_daemon_is_killed(passing, source):
-    from tests.mount.test_mount_reading import digest
-
     passing.put_together()
     expected = (source / SHARD).read_bytes()
     sums = digest(expected[: 1 << 20]), digest(expected)
@@ -252,8 +295,6 @@ def test_who_has_it_mapped_reads_on_when_the_daemon_is_killed(passing, source):
 
 
 def test_a_mount_is_busy_while_it_is_mapped(passing, source):
-    from tests.mount.test_mount_reading import digest
-
     passing.put_together()
     expected = (source / SHARD).read_bytes()
     sums = digest(expected[: 1 << 20]), digest(expected)
@@ -280,7 +321,7 @@ def test_a_model_that_is_removed_stays_whole_for_who_reads_it(mounts, tmp_path, 
         pytest.skip("no front, or no shared memory")
     read_once(mount.model / "model.safetensors")
     wait_until(
-        lambda: mount.status()["passthrough"]["files"] or mount.status()["passthrough"]["refused"]
+        lambda: mount.status()["passthrough"]["files"] or mount.status()["passthrough"]["off"]
     )
     with open(mount.model / "model.safetensors", "rb") as file:
         file.read(10)
@@ -291,45 +332,78 @@ def test_a_model_that_is_removed_stays_whole_for_who_reads_it(mounts, tmp_path, 
         assert expected[10:] == file.read()
 
 
+def test_a_detached_mount_ends_in_peace_when_it_is_only_mapped(
+    mounts, library_path, memory, source
+):
+    passing = Passing(mounts, library_path, memory, grace_s=0.2)
+    if passing.status()["passthrough"] is None:
+        pytest.skip("no front, or no shared memory")
+    passing.put_together()
+    expected = (source / SHARD).read_bytes()
+    sums = digest(expected[: 1 << 20]), digest(expected)
+    with Reader(MAP_ONLY_AND_WAIT, passing.model / SHARD, *sums) as reader:
+        os.kill(passing.pid, signal.SIGTERM)
+        wait_until(lambda: not is_alive(passing.pid), 20)
+        assert reader.proceed()[:2] == (0, "right\n")
+    assert "cutting off" not in mounts.read_log()
+
+
 OPEN_AND_READ = """
-import random
-path, seed, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-expected = open(sys.argv[4], "rb").read()
-random.seed(seed)
+import mmap, os, random, time
+paths, plains = sys.argv[1:3], sys.argv[3:5]
+seed, until = int(sys.argv[5]), time.monotonic() + float(sys.argv[6])
+expected = [open(path, "rb").read() for path in plains]
+choose = random.Random(seed)
 held = []
 pause()
-for turn in range(count):
-    file = open(path, "rb", buffering=0)
-    held.append(file)
-    start = random.randrange(len(expected))
-    size = random.choice((1, 4096, 200_000, len(expected)))
-    assert os.pread(file.fileno(), size, start) == expected[start : start + size], turn
-    if random.random() < 0.3:
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            assert mapped[start : start + size] == expected[start : start + size], turn
-    while len(held) > random.randrange(4):
-        held.pop(0).close()
+while time.monotonic() < until:
+    which = choose.randrange(2)
+    data = expected[which]
+    descriptor = os.open(paths[which], os.O_RDONLY | choose.choice((0, 0, os.O_DIRECT)))
+    held.append(descriptor)
+    start = choose.randrange(len(data) // 4096) * 4096
+    size = choose.choice((4096, 200_000, len(data))) // 4096 * 4096
+    buffer = mmap.mmap(-1, size)
+    count = os.preadv(descriptor, [buffer], start)
+    assert buffer[:count] == data[start : start + count] and count
+    if choose.random() < 0.3:
+        with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as mapped:
+            assert mapped[start : start + size] == data[start : start + size]
+    if choose.random() < 0.2:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    while len(held) > choose.randrange(3):
+        os.close(held.pop(0))
+    if choose.random() < 0.5:
+        while held:
+            os.close(held.pop())
+        time.sleep(choose.random() * 0.15)
 print("right")
 """
 
 
 def test_while_files_are_put_together_and_leave(passing, source):
     """Every open gives a handle that works, of the kind that the kernel allows at that moment."""
-    random.seed(3)
-    path = passing.model / SHARD
-    readers = [Reader(OPEN_AND_READ, path, seed, 150, source / SHARD) for seed in range(4)]
+    choose = random.Random(3)
+    names = (SHARD, OTHER)
+    paths = [*(passing.model / name for name in names), *(source / name for name in names)]
+    passing.put_together()
+    opened, left = passing.opened, 0
+    readers = [Reader(OPEN_AND_READ, *paths, seed, SOME_S) for seed in range(3)]
     try:
         for reader in readers:
             reader.process.stdin.write("go\n")
             reader.process.stdin.flush()
         while any(reader.process.poll() is None for reader in readers):
-            time.sleep(random.random() * 0.05)
+            time.sleep(choose.random() * 0.5)
             for found in whole_files(passing.mountpoint).values():
                 found.unlink(missing_ok=True)
+                left += 1
         for reader in readers:
             said, errors = reader.process.communicate(timeout=60)
             assert (reader.process.returncode, said) == (0, "right\n"), errors
     finally:
         for reader in readers:
             reader.__exit__()
+    assert passing.opened - opened > 2
+    assert left > 2
     passing.put_together()

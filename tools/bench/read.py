@@ -280,7 +280,7 @@ def _wait_until_whole(server: Server) -> bool:
     deadline = time.monotonic() + _PUT_TOGETHER_S
     while time.monotonic() < deadline:
         passthrough = server.status().get("passthrough")
-        if passthrough is None or passthrough["refused"] is not None:
+        if passthrough is None or passthrough["off"] is not None:
             return False
         if passthrough["files"]:
             return True
