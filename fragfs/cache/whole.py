@@ -95,10 +95,19 @@ class WholeFiles:
 
     Args:
         shared: The cache.
+        fetch: Gets a fragment that has left the cache; asked only for a small share of a content.
+        is_wanted: Asked between two parts of what is made or checked; False ends it.
     """
 
-    def __init__(self, shared: SharedFragmentCache) -> None:
+    def __init__(
+        self,
+        shared: SharedFragmentCache,
+        fetch: Callable[[FragmentIdentity], memoryview],
+        is_wanted: Callable[[], bool],
+    ) -> None:
         self._shared = shared
+        self._fetch = fetch
+        self._is_wanted = is_wanted
         self._known: dict[Whole, _Known] = {}
 
     def takes(self, size: int) -> bool:
@@ -119,20 +128,12 @@ class WholeFiles:
         _touch(found)
         return found
 
-    def make(
-        self,
-        whole: Whole,
-        parts: Sequence[Part],
-        fetch: Callable[[FragmentIdentity], memoryview],
-        is_wanted: Callable[[], bool],
-    ) -> bool:
+    def make(self, whole: Whole, parts: Sequence[Part]) -> bool:
         """Put a content together; True if its file is there then, and was checked.
 
         Args:
             whole: The content.
             parts: All of it, in order.
-            fetch: Gets a fragment that has left the cache; only for a small share of the content.
-            is_wanted: Asked between two parts; False ends it.
 
         Raises:
             FragmentError: A fragment could not be fetched.
@@ -145,21 +146,15 @@ class WholeFiles:
         try:
             found = self._open(whole)
             if found is None:
-                return self._put_together(whole, parts, fetch, is_wanted)
+                return self._put_together(whole, parts)
             try:
-                return self._adopt(whole, found, is_wanted)
+                return self._adopt(whole, found)
             finally:
                 os.close(found)
         finally:
             self._shared.release(claim)
 
-    def _put_together(
-        self,
-        whole: Whole,
-        parts: Sequence[Part],
-        fetch: Callable[[FragmentIdentity], memoryview],
-        is_wanted: Callable[[], bool],
-    ) -> bool:
+    def _put_together(self, whole: Whole, parts: Sequence[Part]) -> bool:
         # Where every byte is to be checked when it is read, the kernel may not read by itself.
         if self._shared.is_suspect():
             return False
@@ -169,7 +164,7 @@ class WholeFiles:
         temporary = self._shared.temporary(whole.name)
         known = None
         try:
-            known = self._write(temporary, whole.size, parts, fetch, is_wanted)
+            known = self._write(temporary, whole.size, parts)
             if known is not None:
                 os.rename(temporary, self._path(whole))
         except OSError as error:
@@ -185,7 +180,7 @@ class WholeFiles:
         self._shared.count(whole.size)
         return True
 
-    def check(self, whole: Whole, is_wanted: Callable[[], bool]) -> bool:
+    def check(self, whole: Whole) -> bool:
         """Check a file again that was checked before; one that has changed is removed.
 
         Returns:
@@ -197,7 +192,7 @@ class WholeFiles:
             return True  # it has left
         try:
             checksum = xxhash.xxh3_64()
-            is_read = _read_through(found, whole.size, is_wanted, checksum.update)
+            is_read = self._read_through(found, whole.size, checksum.update)
             if not is_read or os.fstat(found).st_ino != known.inode:
                 return True
         finally:
@@ -233,7 +228,7 @@ class WholeFiles:
         self._known.pop(whole, None)
         self._shared.drop_damaged(self._path(whole))
 
-    def _adopt(self, whole: Whole, found: int, is_wanted: Callable[[], bool]) -> bool:
+    def _adopt(self, whole: Whole, found: int) -> bool:
         """Check a file that another process may have written."""
         inode = os.fstat(found).st_ino
         known = self._known.get(whole)
@@ -245,7 +240,7 @@ class WholeFiles:
             proof.update(data)
             checksum.update(data)
 
-        if not _read_through(found, whole.size, is_wanted, take):
+        if not self._read_through(found, whole.size, take):
             return False
         if proof.digest() != whole.sha256:
             self._drop_damaged(whole)
@@ -253,14 +248,7 @@ class WholeFiles:
         self._known[whole] = _Known(inode, checksum.intdigest())
         return True
 
-    def _write(
-        self,
-        path: str,
-        size: int,
-        parts: Sequence[Part],
-        fetch: Callable[[FragmentIdentity], memoryview],
-        is_wanted: Callable[[], bool],
-    ) -> _Known | None:
+    def _write(self, path: str, size: int, parts: Sequence[Part]) -> _Known | None:
         leaving = self._make_room(size, parts)
         if leaving is None:
             return None
@@ -270,7 +258,7 @@ class WholeFiles:
         try:
             has_small_pages = os.fstat(descriptor).st_blksize < LARGE_PAGE_BYTES
             for part in parts:
-                if not is_wanted():
+                if not self._is_wanted():
                     return None
                 fragment = part.fragment
                 file = self._shared.get(fragment.id, fragment.raw_size, check=True)
@@ -278,7 +266,8 @@ class WholeFiles:
                     fetched += fragment.raw_size
                     if fetched * _MISSING_SHARE > size:
                         return None
-                view = (fetch(fragment) if file is None else file.view())[part.start :][: part.size]
+                raw = self._fetch(fragment) if file is None else file.view()
+                view = raw[part.start : part.start + part.size]
                 if len(view) != part.size:
                     return None
                 checksum.update(view)
@@ -349,6 +338,19 @@ class WholeFiles:
                     held -= size
         return held <= bytes_max
 
+    def _read_through(self, descriptor: int, size: int, take: Callable[[memoryview], None]) -> bool:
+        """Hand all bytes of a file on, in steps; False if it was not wanted to the end."""
+        with (
+            mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as mapped,
+            memoryview(mapped) as view,
+        ):
+            for start in range(0, size, _STEP_BYTES):
+                if not self._is_wanted():
+                    return False
+                with view[start : start + _STEP_BYTES] as step:
+                    take(step)
+        return True
+
 
 def _touch(descriptor: int) -> None:
     """Move a whole file in the order of leaving: it was used now."""
@@ -359,22 +361,3 @@ def _touch(descriptor: int) -> None:
 
 def _distinct(parts: Sequence[Part]) -> list[FragmentIdentity]:
     return list({part.fragment.number: part.fragment for part in parts}.values())
-
-
-def _read_through(
-    descriptor: int,
-    size: int,
-    is_wanted: Callable[[], bool],
-    take: Callable[[memoryview], None],
-) -> bool:
-    """Hand all bytes of a file on, in steps; False if it was not wanted to the end."""
-    with (
-        mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as mapped,
-        memoryview(mapped) as view,
-    ):
-        for start in range(0, size, _STEP_BYTES):
-            if not is_wanted():
-                return False
-            with view[start : start + _STEP_BYTES] as step:
-                take(step)
-    return True

@@ -1,5 +1,6 @@
 /* What the files of the front share: _held.c holds fragments, _reads.c answers reads with them,
- * _greeting.c has the kernel agree to passthrough, _front.c takes requests and is what Python sees. */
+ * _greeting.c has the kernel agree to passthrough, _requests.c takes requests, and _front.c is what
+ * Python sees of it. */
 #ifndef FRAGFS_FRONT_H
 #define FRAGFS_FRONT_H
 
@@ -11,6 +12,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define REQUEST_BYTES_MAX ((1 << 20) + (64 << 10)) /* the kernel reserves room for the largest write */
 #define SLOTS 256
 #define BUCKETS 1024
 #define NOTES_MAX 16
@@ -88,6 +90,13 @@ typedef struct {
     size_t noted_bytes;
     int64_t told_ns;
 } Front;
+
+/* Takes requests until there are none any more; gives the errno that ended it, 0 if it was told to
+ * end. */
+int serve(Front *front);
+
+/* Sends what pyfuse3 answers on to the kernel, one message a reply, until the socket is shut down. */
+void relay(Front *front);
 
 /* Answers a read from what is held; false if some of it is not, or cannot be read. */
 bool answer_read(Front *front, struct worker *worker, uint64_t unique, uint64_t number,

@@ -78,8 +78,7 @@ class Passthrough:
         self._is_offered = is_offered
         self._shared = shared
         self._identify_all = identify_all
-        self._decode = decode
-        self._whole = WholeFiles(shared)
+        self._whole = WholeFiles(shared, lambda one: decode(one.number), self._is_wanted)
         self._backings: dict[int, int] = {}  # by number of each content that is open; 0 is none
         self._read_bytes: dict[int, int] = {}
         self._checked_at: dict[int, float] = {}
@@ -180,13 +179,10 @@ class Passthrough:
             return
         whole = _whole_of(content)
         if is_to_check:
-            self._whole.check(whole, self._is_wanted)
-        elif not self._whole.make(whole, self._parts(content), self._fetch, self._is_wanted):
+            self._whole.check(whole)
+        elif not self._whole.make(whole, self._parts(content)):
             return
         self._checked_at[content.number] = time.monotonic()
-
-    def _fetch(self, fragment: FragmentIdentity) -> memoryview:
-        return self._decode(fragment.number)
 
     def _is_wanted(self) -> bool:
         """Wait until nobody reads; False if the mount ends."""

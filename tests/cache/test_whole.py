@@ -78,7 +78,7 @@ def shared(directory):
 
 @pytest.fixture
 def whole(shared):
-    return WholeFiles(shared)
+    return WholeFiles(shared, nothing, always)
 
 
 def read(whole, content):
@@ -107,13 +107,13 @@ def test_what_was_put_together_is_the_content(shared, whole):
     content = Content()
     content.put(shared)
     assert read(whole, content) is None
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     assert read(whole, content) == content.data
     assert whole.holds() == 1
-    assert whole.check(content.whole, always)
+    assert whole.check(content.whole)
     # Once is enough.
     before = path_of(shared, content).stat().st_ino
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     assert path_of(shared, content).stat().st_ino == before
     # Where there is room the fragments stay.
     assert all(content.is_held(shared))
@@ -126,7 +126,7 @@ def test_where_much_is_missing_there_is_no_file(shared, whole, which):
     content.put(shared)
     drop(shared, content.fragments[which].id)
     before = names_in(shared.place.directory)
-    assert not whole.make(content.whole, content.parts, nothing, always)
+    assert not whole.make(content.whole, content.parts)
     assert read(whole, content) is None
     assert names_in(shared.place.directory) == before
 
@@ -142,7 +142,8 @@ def test_a_little_that_is_missing_is_fetched(shared, whole):
 
     for which in (1, 3):
         drop(shared, content.fragments[which].id)
-    assert whole.make(content.whole, content.parts, fetch, always)
+    whole = WholeFiles(shared, fetch, always)
+    assert whole.make(content.whole, content.parts)
     assert fetched == [content.fragments[1], content.fragments[3]]
     assert read(whole, content) == content.data
 
@@ -155,7 +156,7 @@ def test_what_leaves_meanwhile_and_is_much_ends_it(shared, whole):
         drop(shared, content.fragments[2].id)
         return True
 
-    assert not whole.make(content.whole, content.parts, nothing, leave)
+    assert not WholeFiles(shared, nothing, leave).make(content.whole, content.parts)
     assert not [name for name in os.listdir(shared.place.directory) if "w" in name]
 
 
@@ -169,7 +170,7 @@ def test_one_that_cannot_be_fetched_leaves_nothing(shared, whole):
 
     before = set(os.listdir(shared.place.directory))
     with pytest.raises(IntegrityError):
-        whole.make(content.whole, content.parts, fetch, always)
+        WholeFiles(shared, fetch, always).make(content.whole, content.parts)
     assert set(os.listdir(shared.place.directory)) == before
     assert shared.claim(FragmentId(content.whole.sha256))
 
@@ -181,12 +182,12 @@ def test_a_fragment_that_changed_is_in_no_file(shared, whole):
     data = bytearray(path.read_bytes())
     data[5] ^= 1
     path.write_bytes(data)
-    assert not whole.make(content.whole, content.parts, nothing, always)
+    assert not whole.make(content.whole, content.parts)
     assert shared.statistics().damaged == 1
     assert not path_of(shared, content).exists()
     # From then on every byte is checked, which the kernel does not do.
     content.put(shared)
-    assert not whole.make(content.whole, content.parts, nothing, always)
+    assert not whole.make(content.whole, content.parts)
 
 
 def test_what_is_not_wanted_any_more_leaves_nothing(shared, whole):
@@ -194,7 +195,7 @@ def test_what_is_not_wanted_any_more_leaves_nothing(shared, whole):
     content.put(shared)
     wanted = iter([True, True, False])
     before = set(os.listdir(shared.place.directory))
-    assert not whole.make(content.whole, content.parts, nothing, lambda: next(wanted))
+    assert not WholeFiles(shared, nothing, lambda: next(wanted)).make(content.whole, content.parts)
     assert set(os.listdir(shared.place.directory)) == before
 
 
@@ -208,9 +209,9 @@ def test_a_full_disk_leaves_nothing(shared, whole, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(module.os, "pwrite", full)
-        assert not whole.make(content.whole, content.parts, nothing, always)
+        assert not whole.make(content.whole, content.parts)
     assert set(os.listdir(shared.place.directory)) == before
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
 
 
 def test_small_and_large_contents_are_left_alone(shared, whole):
@@ -220,27 +221,27 @@ def test_small_and_large_contents_are_left_alone(shared, whole):
     assert not whole.takes(shared.files_bytes_max * 3 // 4 + 1)
     content = Content(sizes=[1000, 5, 1000, 500])
     content.put(shared)
-    assert not whole.make(content.whole, content.parts, nothing, always)
+    assert not whole.make(content.whole, content.parts)
 
 
 def test_there_are_none_on_disk(directory):
     with contextlib.closing(SharedFragmentCache(place_at(directory, BUDGET))) as shared:
         content = Content()
         content.put(shared)
-        assert not WholeFiles(shared).make(content.whole, content.parts, nothing, always)
+        assert not WholeFiles(shared, nothing, always).make(content.whole, content.parts)
 
 
 def test_parts_that_are_not_all_of_it_make_no_file(shared, whole):
     content = Content()
     content.put(shared)
-    assert not whole.make(content.whole, content.parts[:-1], nothing, always)
+    assert not whole.make(content.whole, content.parts[:-1])
 
 
 def test_of_two_contents_with_one_sha256_none_is_the_other(shared, whole):
     """As a damaged catalog may say."""
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     assert whole.open(Whole(5, content.whole.sha256, content.size)) is None
 
 
@@ -268,8 +269,8 @@ def test_the_budget_is_kept_and_what_is_a_base_stays(directory, monkeypatch):
             return count
 
         monkeypatch.setattr(module.os, "pwrite", watched)
-        whole = WholeFiles(shared)
-        assert whole.make(content.whole, content.parts, nothing, always)
+        whole = WholeFiles(shared, nothing, always)
+        assert whole.make(content.whole, content.parts)
         assert read(whole, content) == content.data
         # A fragment is there once more until it was copied.
         assert most <= limit + 1_300_001
@@ -283,22 +284,22 @@ def test_what_has_no_room_beside_its_bases_is_left_as_it_is(directory):
     place = place_at(directory, 7_000_000, in_memory=True)
     with contextlib.closing(SharedFragmentCache(place)) as shared:
         content.put(shared)
-        whole = WholeFiles(shared)
+        whole = WholeFiles(shared, nothing, always)
         assert whole.takes(content.size)
         before = names_in(place.directory)
-        assert not whole.make(content.whole, content.parts, nothing, always)
+        assert not whole.make(content.whole, content.parts)
         assert names_in(place.directory) == before
 
 
 def test_a_file_leaves_as_fragments_do(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     shared.trim(0)
     assert read(whole, content) is None
     assert whole.holds() == 0
     content.put(shared)
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     assert read(whole, content) == content.data
 
 
@@ -306,7 +307,7 @@ def test_what_is_open_or_mapped_stays(shared, whole):
     """Its memory would not be free."""
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     found = whole.open(content.whole)
     shared.trim(0)
     assert names_in(shared.place.directory) == {content.whole.name}
@@ -337,14 +338,14 @@ def make_some(whole, shared, count, **changes):
         content.put(shared)
         for fragment in content.fragments:
             shared.touch(fragment.id, SERVED_CREDIT_S)
-        made.append((content, whole.make(content.whole, content.parts, nothing, always)))
+        made.append((content, whole.make(content.whole, content.parts)))
     return made
 
 
 def test_files_used_within_the_hour_leave_for_no_other(directory):
     place = place_at(directory, 12_000_000, in_memory=True)
     with contextlib.closing(SharedFragmentCache(place)) as shared:
-        whole = WholeFiles(shared)
+        whole = WholeFiles(shared, nothing, always)
         made = make_some(whole, shared, 4)
         # Three quarters of what is for files: two of them.
         assert [is_made for _, is_made in made] == [True, True, False, False]
@@ -353,13 +354,13 @@ def test_files_used_within_the_hour_leave_for_no_other(directory):
         os.utime(path_of(shared, first), (used - 1800, used - 1800))
         found = whole.open(first.whole)  # it is used now
         third.put(shared)
-        assert not whole.make(third.whole, third.parts, nothing, always)
+        assert not whole.make(third.whole, third.parts)
         os.utime(path_of(shared, first), (used - 1800, used - 1800))
         # As if used long ago, but open.
-        assert not whole.make(third.whole, third.parts, nothing, always)
+        assert not whole.make(third.whole, third.parts)
         os.close(found)
         os.utime(path_of(shared, first), (used - 1800, used - 1800))
-        assert whole.make(third.whole, third.parts, nothing, always)
+        assert whole.make(third.whole, third.parts)
         assert read(whole, first) is None
         assert read(whole, third) == third.data
 
@@ -370,9 +371,9 @@ def test_one_process_at_a_time_puts_a_content_together(directory, shared, whole)
     with contextlib.closing(SharedFragmentCache(shared.place)) as other:
         claim = FragmentId(content.whole.sha256)
         assert other.claim(claim)
-        assert not whole.make(content.whole, content.parts, nothing, always)
+        assert not whole.make(content.whole, content.parts)
         other.release(claim)
-        assert whole.make(content.whole, content.parts, nothing, always)
+        assert whole.make(content.whole, content.parts)
 
 
 def test_it_leaves_after_what_was_served_and_before_bases(shared, whole):
@@ -380,7 +381,7 @@ def test_it_leaves_after_what_was_served_and_before_bases(shared, whole):
     content.put(shared)
     for fragment in content.fragments:
         shared.touch(fragment.id, BASE_CREDIT_S if fragment.is_base else SERVED_CREDIT_S)
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     first, small, large, last = content.fragments
     path = path_of(shared, content)
     for _ in range(2):
@@ -397,13 +398,13 @@ def test_it_leaves_after_what_was_served_and_before_bases(shared, whole):
 def test_the_file_of_another_process_is_used_once_it_was_checked(directory, shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, nothing, always)
-    other = WholeFiles(shared)
+    assert whole.make(content.whole, content.parts)
+    other = WholeFiles(shared, nothing, always)
     assert read(other, content) is None
     inode = path_of(shared, content).stat().st_ino
     for fragment in content.fragments:
         drop(shared, fragment.id)
-    assert other.make(content.whole, content.parts, nothing, always)
+    assert other.make(content.whole, content.parts)
     assert read(other, content) == content.data
     assert path_of(shared, content).stat().st_ino == inode
 
@@ -417,7 +418,7 @@ def test_a_wrong_file_of_another_process_is_removed(shared, whole, size_changes)
     if size_changes:
         del data[-1]
     path_of(shared, content).write_bytes(data)
-    assert not whole.make(content.whole, content.parts, nothing, always)
+    assert not whole.make(content.whole, content.parts)
     assert not path_of(shared, content).exists()
     assert read(whole, content) is None
     assert shared.statistics().damaged == 1
@@ -426,11 +427,11 @@ def test_a_wrong_file_of_another_process_is_removed(shared, whole, size_changes)
 def test_a_file_that_changed_is_found_and_removed(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     with path_of(shared, content).open("r+b") as file:
         file.seek(2_000_000)
         file.write(b"?")
-    assert not whole.check(content.whole, always)
+    assert not whole.check(content.whole)
     assert not path_of(shared, content).exists()
     assert read(whole, content) is None
     assert shared.is_suspect()
@@ -439,7 +440,7 @@ def test_a_file_that_changed_is_found_and_removed(shared, whole):
 def test_nothing_is_opened_once_damage_was_found(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     shared.drop_damaged("whatever")
     assert read(whole, content) is None
 
@@ -447,7 +448,7 @@ def test_nothing_is_opened_once_damage_was_found(shared, whole):
 def test_another_file_in_its_place_is_not_opened(shared, whole):
     content = Content()
     content.put(shared)
-    assert whole.make(content.whole, content.parts, nothing, always)
+    assert whole.make(content.whole, content.parts)
     path = path_of(shared, content)
     path.with_suffix(".new").write_bytes(bytes(content.size))
     path.with_suffix(".new").rename(path)
