@@ -51,6 +51,7 @@ _LEAVING_BYTES_MIN = 64 << 10
 
 _STEP_BYTES = 1 << 20
 _CREDIT_S = -1800.0
+_CLAIM_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +142,10 @@ class WholeFiles:
         if not self.takes(whole.size) or sum(part.size for part in parts) != whole.size:
             return False
         claim = FragmentId(whole.sha256)
-        if not self._shared.claim(claim):
-            return False  # another process is at it
+        while not self._shared.claim(claim):  # another process is at it
+            if not self._is_wanted():
+                return False
+            time.sleep(_CLAIM_POLL_S)
         try:
             found = self._open(whole)
             if found is None:

@@ -113,7 +113,8 @@ class Passthrough:
     def note_read(self, number: int, size: int) -> None:
         """Note bytes of a content that were asked for."""
         self._last_read = time.monotonic()
-        self._read_bytes[number] = self._read_bytes.get(number, 0) + size
+        if number in self._backings:
+            self._read_bytes[number] = self._read_bytes.get(number, 0) + size
 
     def close_file(self, content: OpenContent) -> None:
         """The last handle of a content was closed."""

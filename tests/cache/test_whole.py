@@ -5,6 +5,7 @@ import errno
 import hashlib
 import mmap
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -365,15 +366,19 @@ def test_files_used_within_the_hour_leave_for_no_other(directory):
         assert read(whole, third) == third.data
 
 
-def test_one_process_at_a_time_puts_a_content_together(directory, shared, whole):
+def test_one_process_at_a_time_puts_a_content_together(shared, whole):
     content = Content()
     content.put(shared)
     with contextlib.closing(SharedFragmentCache(shared.place)) as other:
         claim = FragmentId(content.whole.sha256)
         assert other.claim(claim)
-        assert not whole.make(content.whole, content.parts)
-        other.release(claim)
+        wanted = iter([True, False])
+        tired = WholeFiles(shared, nothing, lambda: next(wanted))
+        assert not tired.make(content.whole, content.parts)
+        timer = threading.Timer(0.2, other.release, (claim,))
+        timer.start()
         assert whole.make(content.whole, content.parts)
+        timer.join()
 
 
 def test_it_leaves_after_what_was_served_and_before_bases(shared, whole):
