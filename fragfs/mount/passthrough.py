@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 
 from fragfs.cache.shared import SharedFragmentCache
 from fragfs.cache.whole import Part, Whole, WholeFiles
+from fragfs.errors import FragmentError
 from fragfs.library.extents import OpenContent
 from fragfs.types import FragmentIdentity
 
@@ -170,6 +171,8 @@ class Passthrough:
             content, is_to_check = work
             try:
                 self._take(content, is_to_check)
+            except FragmentError as error:  # it was removed, or whoever reads it will be told
+                log.debug("content %d was not put together: %s", content.number, error)
             except Exception:  # nobody waits for this
                 log.exception("content %d was not put together", content.number)
             finally:

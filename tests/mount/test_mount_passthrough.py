@@ -34,7 +34,7 @@ SHARD = "model-00001-of-00004.safetensors"
 OTHER = "model-00002-of-00004.safetensors"
 
 
-SOME_S = 8
+SOME_S = 5
 
 
 def digest(data):

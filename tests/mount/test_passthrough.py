@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fragfs.cache.shared import SharedFragmentCache
+from fragfs.errors import NotFoundError
 from fragfs.library.extents import ExtentMapBuilder, OpenContent
 from fragfs.mount import passthrough as module
 from fragfs.mount.passthrough import Passthrough
@@ -213,6 +214,22 @@ def test_what_goes_wrong_with_one_does_not_end_it(bench, caplog):
     bench.put_together(other)
     bench.fragments[70] = identity
     bench.put_together(content)
+
+
+def test_a_content_that_was_removed_is_no_error(bench, caplog):
+    content, other = bench.contents
+    found = bench.passthrough._identify_all
+
+    def identify_all(numbers):
+        if 70 in numbers:
+            raise NotFoundError("fragment number 70 is not in the catalog")
+        return found(numbers)
+
+    bench.passthrough._identify_all = identify_all
+    bench.read(content)
+    bench.put_together(other)
+    assert len(bench.files()) == 1
+    assert not caplog.records
 
 
 def test_it_ends_while_it_waits(bench, monkeypatch):
