@@ -61,6 +61,7 @@ _DAMAGED = b"D"
 _TEMPORARY_S_MAX = 60.0
 _KEEP_AFTER_TRIM = 0.9
 _RESCANS_PER_BUDGET = 16
+_SHARE_OF_FRAGMENTS = 8
 _TRIM_WAIT_S = 0.25
 _IMPATIENT_S = 5.0
 """For so long nobody waits again for a process that made no room in time: it may be stopped."""
@@ -193,6 +194,7 @@ class SharedFragmentCache:
         self._lock = threading.Lock()
         self._bytes_max = place.bytes_max
         self._bytes_held = 0
+        self._stuck_bytes = 0
         self._put_since_scan = 0
         self._full_until = 0.0
         self._impatient_until = 0.0
@@ -225,7 +227,7 @@ class SharedFragmentCache:
         return f"{self._path}/{file_name(fragment)}"
 
     def get(
-        self, fragment: FragmentId, raw_size: int, *, check: bool = False
+        self, fragment: FragmentId, raw_size: int, *, check: bool = False, count: bool = True
     ) -> FragmentFile | None:
         """A fragment, or None.
 
@@ -233,12 +235,13 @@ class SharedFragmentCache:
             fragment: Its id.
             raw_size: Its length: a file of another length is not it.
             check: Check its bytes, whatever the cache was told.
+            count: Count it among what was found, or not: a reader wants it.
         """
         path = self._path_of(fragment)
         try:
             file = FragmentFile(os.open(path, _READ), raw_size)
         except OSError:
-            self._misses += 1
+            self._misses += count
             return None
         try:
             is_right = self._is_right(file, fragment, check=check)
@@ -247,7 +250,7 @@ class SharedFragmentCache:
         if not is_right:
             self.drop_damaged(path)
             return None
-        self._hits += 1
+        self._hits += count
         return file
 
     def recheck(self, file: FragmentFile, fragment: FragmentId) -> bool:
@@ -383,7 +386,7 @@ class SharedFragmentCache:
         with self._lock:
             self._bytes_held += size
             self._put_since_scan += size
-            is_over = self._bytes_held > self.files_bytes_max
+            is_over = self._bytes_held > max(self.files_bytes_max, self._stuck_bytes)
             is_due = self._put_since_scan * _RESCANS_PER_BUDGET > self._bytes_max
         if is_over:
             # Who makes room may have to wait for a processor: nobody fills it further meanwhile.
@@ -426,13 +429,16 @@ class SharedFragmentCache:
         """Of the budget, what files in the directory may have."""
         return self._bytes_max - held_open(self._bytes_max)
 
-    def trim(self, bytes_max: int | None = None, *, wait_s: float = 0.0) -> bool:
+    def trim(
+        self, bytes_max: int | None = None, *, keep_whole: bool = False, wait_s: float = 0.0
+    ) -> bool:
         """Count what the place holds, and remove what is over the budget and what is left over.
 
         Does nothing if another process is at it.
 
         Args:
             bytes_max: Trim to this instead.
+            keep_whole: Have no whole file leave.
             wait_s: How long to wait for another process that is at it.
 
         Returns:
@@ -447,7 +453,7 @@ class SharedFragmentCache:
         try:
             is_ours = lock_alone(lock, wait_s)
             if is_ours:
-                self._trim(bytes_max)
+                self._trim(bytes_max, keep_whole=keep_whole)
         finally:
             os.close(lock)
         return is_ours
@@ -472,9 +478,9 @@ class SharedFragmentCache:
                             unpublished -= status.st_size
         return files, unpublished
 
-    def _trim(self, bytes_max: int | None) -> None:
-        files, held = self._files()
-        held += sum(size for _, size, _ in files)
+    def _trim(self, bytes_max: int | None, *, keep_whole: bool) -> None:
+        files, unpublished = self._files()
+        held = unpublished + sum(size for _, size, _ in files)
         with contextlib.suppress(OSError):
             self._bytes_max = measure_budget(
                 self.place.directory,
@@ -484,12 +490,22 @@ class SharedFragmentCache:
             )
         limit = self.files_bytes_max if bytes_max is None else bytes_max
         if held > limit:
-            kept = limit * _KEEP_AFTER_TRIM if bytes_max is None else bytes_max
-            files.sort()
-            for _, size, path in files:
+            staying = {
+                path
+                for _, _, path in files
+                if os.path.basename(path).startswith(WHOLE_PREFIX)
+                and (keep_whole or is_in_use(path))
+            }
+            kept: float = limit
+            if bytes_max is None:
+                # Where what cannot leave is too much by itself, fragments keep some room: they
+                # would be decoded for nothing.
+                stuck = unpublished + sum(size for _, size, path in files if path in staying)
+                kept = max(limit * _KEEP_AFTER_TRIM, stuck + limit // _SHARE_OF_FRAGMENTS)
+            for _, size, path in sorted(files):
                 if held <= kept:
                     break
-                if os.path.basename(path).startswith(WHOLE_PREFIX) and is_in_use(path):
+                if path in staying:
                     continue
                 with contextlib.suppress(OSError):
                     os.unlink(path)
@@ -498,6 +514,9 @@ class SharedFragmentCache:
         with self._lock:
             self._bytes_held = held
             self._put_since_scan = 0
+            # What cannot leave is not tried again with every fragment.
+            is_stuck = held > self.files_bytes_max
+            self._stuck_bytes = held + self._bytes_max // _RESCANS_PER_BUDGET if is_stuck else 0
 
     # --- one decode per fragment
 

@@ -9,7 +9,7 @@ the content's SHA-256 before it is used. What was checked is remembered with its
 again.
 
 Where there is no room for a content twice, as many of its fragments as that takes leave as they are
-copied, but those that others are predicted from. In the order of leaving a whole file is behind
+copied, except those that others are predicted from. In the order of leaving a whole file is behind
 fragments that were served and before those. All whole files together have a share of the budget;
 what was used within an hour does not leave for another one, since the page cache serves what does
 not fit.
@@ -52,6 +52,7 @@ _LEAVING_BYTES_MIN = 64 << 10
 _STEP_BYTES = 1 << 20
 _CREDIT_S = -1800.0
 _CLAIM_POLL_S = 0.1
+_CLAIM_S_MAX = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +123,10 @@ class WholeFiles:
             return None
         found = self._open(whole)
         if found is None or os.fstat(found).st_ino != known.inode:
-            self._known.pop(whole, None)
             if found is not None:
                 os.close(found)
+            if self._known.get(whole) is known:  # else it has just been put together again
+                self._known.pop(whole, None)
             return None
         _touch(found)
         return found
@@ -142,8 +144,9 @@ class WholeFiles:
         if not self.takes(whole.size) or sum(part.size for part in parts) != whole.size:
             return False
         claim = FragmentId(whole.sha256)
-        while not self._shared.claim(claim):  # another process is at it
-            if not self._is_wanted():
+        patient_until = time.monotonic() + _CLAIM_S_MAX
+        while not self._shared.claim(claim):  # another process is at it, or was stopped
+            if time.monotonic() > patient_until or not self._is_wanted():
                 return False
             time.sleep(_CLAIM_POLL_S)
         try:
@@ -183,21 +186,21 @@ class WholeFiles:
         self._shared.count(whole.size)
         return True
 
-    def check(self, whole: Whole) -> bool:
+    def check(self, whole: Whole) -> bool | None:
         """Check a file again that was checked before; one that has changed is removed.
 
         Returns:
-            False if it was removed.
+            Whether it is right; None if it has left, or was not read to the end.
         """
         known = self._known.get(whole)
         found = self._open(whole) if known is not None else None
         if known is None or found is None:
-            return True  # it has left
+            return None
         try:
             checksum = xxhash.xxh3_64()
             is_read = self._read_through(found, whole.size, checksum.update)
             if not is_read or os.fstat(found).st_ino != known.inode:
-                return True
+                return None
         finally:
             os.close(found)
         if checksum.intdigest() == known.checksum:
@@ -264,7 +267,7 @@ class WholeFiles:
                 if not self._is_wanted():
                     return None
                 fragment = part.fragment
-                file = self._shared.get(fragment.id, fragment.raw_size, check=True)
+                file = self._shared.get(fragment.id, fragment.raw_size, check=True, count=False)
                 if file is None:
                     fetched += fragment.raw_size
                     if fetched * _MISSING_SHARE > size:
@@ -297,7 +300,8 @@ class WholeFiles:
         None if there cannot be room for it and for what stays.
         """
         shared = self._shared
-        if not self._have_idle_leave(shared.files_bytes_max * _SHARE_OF_BUDGET - size):
+        others = self._have_idle_leave(shared.files_bytes_max * _SHARE_OF_BUDGET - size)
+        if others is None:
             return None
         room = shared.room()
         short = size - room
@@ -313,17 +317,21 @@ class WholeFiles:
                 leaving.add(one.number)
                 freed += one.raw_size
         staying = sum(one.raw_size for one in fragments) - freed
-        if size + staying > shared.files_bytes_max:
+        if others + size + staying > shared.files_bytes_max:
             return None
         for one in fragments:
             # Used now: what others left here goes first.
             shared.touch(one.id, BASE_CREDIT_S)
         if short > freed:
-            shared.trim(shared.files_bytes_max - room - (short - freed))
+            shared.trim(shared.files_bytes_max - room - (short - freed), keep_whole=True)
         return leaving
 
-    def _have_idle_leave(self, bytes_max: float) -> bool:
-        """Have long unused whole files leave until the others fit; False if they do not."""
+    def _have_idle_leave(self, bytes_max: float) -> int | None:
+        """Have long unused whole files leave until the others fit.
+
+        Returns:
+            Bytes of the others; None, and nothing leaves, if they do not fit.
+        """
         found = []
         with os.scandir(self._shared.place.directory) as entries:
             for entry in entries:
@@ -332,14 +340,19 @@ class WholeFiles:
                         status = entry.stat(follow_symlinks=False)
                         found.append((status.st_mtime - _CREDIT_S, status.st_size, entry.path))
         held = sum(size for _, size, _ in found)
+        leaving = []
         for used, size, path in sorted(found):
             if held <= bytes_max or time.time() - used < _IDLE_S_MIN:
                 break
             if not is_in_use(path):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                    held -= size
-        return held <= bytes_max
+                leaving.append(path)
+                held -= size
+        if held > bytes_max:
+            return None
+        for path in leaving:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        return held
 
     def _read_through(self, descriptor: int, size: int, take: Callable[[memoryview], None]) -> bool:
         """Hand all bytes of a file on, in steps; False if it was not wanted to the end."""

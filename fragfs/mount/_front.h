@@ -82,7 +82,7 @@ typedef struct {
     uint64_t clock, reads, bytes_returned, opened;
     char *request, *reply;   /* what passes through `serve` and `relay` */
     bool wants_passthrough, has_passthrough;
-    uint64_t greeting; /* the request whose reply is to ask for it; 0: none */
+    uint64_t greeting; /* the request whose reply is to ask for it; 0: none. Needs no lock. */
     struct worker serving;   /* of the thread in `serve` */
     struct worker answering; /* of who calls `answer`, one at a time */
     struct record notes[NOTES_MAX + 1];

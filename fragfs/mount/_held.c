@@ -115,7 +115,7 @@ struct name *name_at(Front *front, int64_t fragment)
     return &front->names[(uint64_t)fragment % NAMES];
 }
 
-/* Whether all of the cache is to be checked by who can hash: cache/shared.py, _is_suspect(). */
+/* Whether all of the cache is to be checked by who can hash: cache/shared.py, is_suspect(). */
 static bool is_suspect(const Front *front)
 {
     char told = 0;

@@ -321,13 +321,12 @@ class _Daemon:
             find_users, entry, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True
         )
         paths = [path.decode(errors="backslashreplace") for path in operations.open_paths()]
+        who = describe_users(users) or "readers"
         if paths:
             self.exit_code = 1
-            log.warning(
-                "cutting off %s; open: %s", describe_users(users) or "readers", ", ".join(paths)
-            )
+            log.warning("cutting off %s; open: %s", who, ", ".join(paths))
         else:
-            log.info("no file is open; what the kernel reads itself stays mapped")
+            log.info("leaving %s, who need no answer to what they have open", who)
         self._arm_last_resort()
         # The watcher is stopped while requests are still served: its notifications wait for them.
         self._stop_watching.set()

@@ -550,7 +550,8 @@ def _passthrough(facts: MountFacts, status: dict[str, Any]) -> Iterator[Finding]
         why = (
             "off, as --no-passthrough says"
             if facts.options.get("passthrough") is False
-            else "off: only of a mount by root, with its cache in memory, the kernel takes files"
+            else "off: the kernel takes files only of a mount by root, whose cache is in memory and"
+            " whose reads are answered by compiled code"
         )
     elif passthrough["off"] is not None:
         why = f"off: {passthrough['off']}"

@@ -1,7 +1,8 @@
 """The front of a mount: compiled code that takes the kernel's requests and answers most reads.
 
 pyfuse3 opens the session, then gets a socket in the place of its device: what it reads there are
-the requests that are no reads, and what it writes there goes to the kernel. A read is answered at
+the requests that are no reads, opens or closes of files, and what it writes there goes to the
+kernel. A read is answered at
 once, without the interpreter, if its fragments are in the shared cache and the front was told that
 it may open them, or was given them; else the event loop has them decoded, and then has the read
 answered. What is decoded ahead is named ahead, so that most reads never come here but as a note of

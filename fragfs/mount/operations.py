@@ -111,8 +111,9 @@ class MountOperations(pyfuse3.Operations):
         self._statfs: tuple[float, StatvfsData] | None = None
 
     def open_paths(self) -> list[bytes]:
-        """Paths of the files that are open now."""
-        inodes = (self._inodes.get(number) for number in self._contents)
+        """Paths of the files that are open now and that the kernel does not read itself."""
+        asked = (number for number in self._contents if not self._reading.backing(number))
+        inodes = (self._inodes.get(number) for number in asked)
         return sorted(inode.path for inode in inodes if inode is not None)
 
     def open_contents(self) -> list[OpenContent]:

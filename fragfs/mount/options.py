@@ -37,7 +37,7 @@ class MountOptions:
             keeps fragments in the daemon's own memory only.
         cache_directory: Where the fragment cache is; None is shared memory if it is large enough.
         cache_on_disk: Where it is if shared memory is too small.
-        passthrough: Put what is read together into files that the kernel reads itself, where this
+        passthrough: Put together what was read, into files that the kernel reads itself, where this
             user may.
         prefill: Store decoded fragments into the kernel's page cache ahead of readers.
         read_ahead_kb: How far the kernel is to read ahead, where this user may say so; None leaves

@@ -45,11 +45,12 @@ _CHECKED_S = 60.0
 
 _REFUSALS = frozenset({errno.EPERM, errno.ENOTTY, errno.ENOSYS, errno.EOPNOTSUPP, errno.ELOOP})
 _QUIET_S = 0.1
-_PATIENCE_S = 1.0
-"""How long the thread waits for quiet before each part: where there is never any, it goes on
-slowly. Not by priority: a thread that is seldom run would keep the interpreter's lock from the
+_PATIENCE_S = 600.0
+"""How long the thread waits for quiet before each part; then it gives the content up. It does not
+go on by a lower priority: a thread that is seldom run would keep the interpreter's lock from the
 event loop."""
 
+_QUEUED_MAX = 256
 _POLL_S = 0.02
 _IDENTITIES_AT_ONCE = 256
 _ENDS_S_MAX = 1.0
@@ -96,6 +97,8 @@ class Passthrough:
     def open_file(self, content: OpenContent) -> None:
         """A content was opened that was not open."""
         self._backings[content.number] = 0
+        if self._is_ended:
+            return
         file = self._whole.open(_whole_of(content))
         if file is None:
             return
@@ -129,9 +132,16 @@ class Passthrough:
             self._enqueue(content, is_to_check=False)
 
     def close(self) -> bool:
-        """End the thread; False if it still uses the cache."""
+        """End the thread, and hand over nothing more; False if it still uses the cache.
+
+        What is handed over and open or mapped stays readable.
+        """
         self._is_ended = True
         self._queue.put(None)
+        for number, backing in self._backings.items():
+            if backing:
+                self._take_back(backing)
+                self._backings[number] = 0
         self._thread.join(_ENDS_S_MAX)
         if self._thread.is_alive():
             return False
@@ -160,7 +170,8 @@ class Passthrough:
             fcntl.ioctl(self._device, _BACKING_CLOSE, struct.pack("=I", backing))
 
     def _enqueue(self, content: OpenContent, *, is_to_check: bool) -> None:
-        if self._refused is None and content.number not in self._queued:
+        is_possible = self._refused is None and self._is_offered() and not self._is_ended
+        if is_possible and content.number not in self._queued and len(self._queued) < _QUEUED_MAX:
             self._queued.add(content.number)
             self._queue.put((content, is_to_check))
 
@@ -183,17 +194,17 @@ class Passthrough:
             return
         whole = _whole_of(content)
         if is_to_check:
-            self._whole.check(whole)
-        elif not self._whole.make(whole, self._parts(content)):
-            return
-        self._checked_at[content.number] = time.monotonic()
+            is_done = self._whole.check(whole) is not None
+        else:
+            is_done = self._whole.make(whole, self._parts(content))
+        if is_done:
+            self._checked_at[content.number] = time.monotonic()
 
     def _is_wanted(self) -> bool:
-        """Wait until nobody reads; False if the mount ends."""
+        """Wait until nobody reads; False if that does not come, or the mount ends."""
         patient_until = time.monotonic() + _PATIENCE_S
-        while not self._is_ended:
-            now = time.monotonic()
-            if now > min(self._last_read + _QUIET_S, patient_until):
+        while not self._is_ended and time.monotonic() < patient_until:
+            if time.monotonic() > self._last_read + _QUIET_S:
                 return True
             time.sleep(_POLL_S)
         return False
@@ -214,6 +225,8 @@ class Passthrough:
         numbers = list(dict.fromkeys(content.extents.fragments))
         fragments: dict[int, FragmentIdentity] = {}
         for start in range(0, len(numbers), _IDENTITIES_AT_ONCE):
+            if self._is_ended:
+                return []
             found = self._identify_all(numbers[start : start + _IDENTITIES_AT_ONCE])
             fragments |= {fragment.number: fragment for fragment in found}
         return [

@@ -84,7 +84,7 @@ class MountReading:
         self._prefill: Prefill | None = None
         self._pusher: Pusher | None = None
         self._passthrough: Passthrough | None = None
-        self._is_left = True  # by the thread that puts files together
+        self._may_leave_cache = True  # by the thread that puts files together
         self._reads = 0
         self._bytes_returned = 0
 
@@ -142,13 +142,13 @@ class MountReading:
     def close(self) -> None:
         """End what holds the mount's device; the others end with the nursery."""
         if self._passthrough is not None:
-            self._is_left = self._passthrough.close()
+            self._may_leave_cache = self._passthrough.close()
         if self._pusher is not None:
             self._pusher.close()
 
     def leave_cache(self) -> None:
         """Stop using the shared cache: when nothing reads, decodes or stores any more."""
-        if self._cache.shared is not None and self._is_left:
+        if self._cache.shared is not None and self._may_leave_cache:
             self._cache.shared.close()
 
     def on_change(self) -> None:

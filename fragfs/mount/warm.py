@@ -248,7 +248,7 @@ def _read_holes(parts: Sequence[_Part], threads: int) -> None:
 def _resident_bytes(file: WarmFile) -> tuple[int, int]:
     """Bytes of a file that are in memory, and how many of them are in the page cache.
 
-    What the page cache has counts as memory that can be had, and what the fragment cache has not.
+    What the page cache has counts as memory that can be had; what the fragment cache has does not.
     """
     found = _with_open(file, lambda _: None).residency
     if found is None or found.resident is None or not found.pages:

@@ -366,6 +366,54 @@ def test_files_used_within_the_hour_leave_for_no_other(directory):
         assert read(whole, third) == third.data
 
 
+def test_where_files_in_use_are_the_budget_fragments_keep_some_room(directory, monkeypatch):
+    """As when memory becomes short; what is decoded would else leave at once."""
+    place = place_at(directory, 12_000_000, in_memory=True)
+    with contextlib.closing(SharedFragmentCache(place)) as shared:
+        whole = WholeFiles(shared, nothing, always)
+        made = [content for content, is_made in make_some(whole, shared, 2) if is_made]
+        held = [whole.open(content.whole) for content in made]
+        monkeypatch.setattr("fragfs.cache.shared.measure_budget", lambda *_, **__: 4_000_000)
+        shared.trim()
+        trims = []
+        trim = shared.trim
+        monkeypatch.setattr(shared, "trim", lambda *a, **k: trims.append(1) or trim(*a, **k))
+        for number in range(100):
+            raw = raw_of(9000 + number, 50_000)
+            assert shared.put(fragment_of(raw), raw)
+            assert shared.holds(fragment_of(raw))
+        assert len(trims) < 30
+        assert shared.statistics().bytes_held < 2 * made[0].size + 1_000_000
+        for content, descriptor in zip(made, held, strict=True):
+            os.close(descriptor)
+            assert read(whole, content) == content.data
+        shared.trim()
+        assert shared.statistics().bytes_held < 4_000_000
+
+
+def test_room_for_one_is_not_made_of_others(directory):
+    place = place_at(directory, 12_000_000, in_memory=True)
+    with contextlib.closing(SharedFragmentCache(place)) as shared:
+        whole = WholeFiles(shared, nothing, always)
+        ((other, _),) = make_some(whole, shared, 1)
+        content = Content(
+            7, sizes=[1_000_000, 5, 2_900_001, 900_000], bases={7001, 7002, 7003, 7004}
+        )
+        content.put(shared)
+        assert not whole.make(content.whole, content.parts)
+        assert all(content.is_held(shared))
+        assert read(whole, other) == other.data
+
+
+def test_what_is_stopped_holds_nobody_up(shared, whole, monkeypatch):
+    content = Content()
+    content.put(shared)
+    monkeypatch.setattr(module, "_CLAIM_S_MAX", 0.2)
+    with contextlib.closing(SharedFragmentCache(shared.place)) as other:
+        assert other.claim(FragmentId(content.whole.sha256))
+        assert not whole.make(content.whole, content.parts)
+
+
 def test_one_process_at_a_time_puts_a_content_together(shared, whole):
     content = Content()
     content.put(shared)

@@ -146,11 +146,28 @@ def test_while_somebody_reads_it_waits(bench, monkeypatch):
     wait_until(bench.files, 20)
 
 
-def test_where_there_is_never_quiet_it_goes_on_slowly(bench, monkeypatch):
-    monkeypatch.setattr(module, "_QUIET_S", 60)
-    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)
+def test_where_there_is_never_quiet_it_gives_up(bench, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.2)
     bench.read(bench.contents[0])
-    assert wait_until(bench.files, 20) > 0.2
+    for _ in range(25):
+        bench.passthrough.note_read(99, 1)
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert not bench.files()
+    bench.put_together(bench.contents[0])
+
+
+def test_what_ends_takes_back_what_it_handed_over(bench, device):
+    content = bench.contents[0]
+    bench.put_together(content)
+    bench.passthrough.open_file(content)
+    assert len(device.kept) == 1
+    assert bench.passthrough.close()
+    assert device.kept == {}
+    bench.passthrough.close_file(content)
+    bench.passthrough.open_file(content)
+    assert bench.passthrough.backing(content.number) == 0
+    bench.passthrough = SimpleNamespace(close=lambda: True)
 
 
 def test_a_file_is_checked_again_some_time_after(bench, monkeypatch):
