@@ -47,6 +47,7 @@ CACHE = {
     "damaged": 0,
 }
 PREFILL = {"pid": 12, "alive": True, "windows": 1, "pushed_bytes": 9, "failed_stores": 0}
+PASSTHROUGH = {"files": 1234, "opened": 5, "off": None}
 OPTIONS = {"cache_bytes_max": None, "cache_directory": None, "prefill": True, "read_ahead_kb": None}
 STATUS = {
     "pid": 10,
@@ -60,6 +61,7 @@ STATUS = {
     "options": OPTIONS,
     "cache": CACHE,
     "prefill": PREFILL,
+    "passthrough": PASSTHROUGH,
     "last_errors": [],
 }
 
@@ -254,6 +256,27 @@ def test_a_damaged_cache_is_a_problem_of_its_own():
 def test_prefill(changed, level, text):
     finding = of_mount("prefill", status=STATUS | changed)
     assert finding.severity is level
+    assert text in finding.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({}, "it has 1,234, opened 5 times"),
+        (
+            {"passthrough": PASSTHROUGH | {"off": "this process may not"}},
+            "off: this process may not",
+        ),
+        ({"passthrough": None}, "only of a mount by root"),
+        (
+            {"passthrough": None, "options": OPTIONS | {"passthrough": False}},
+            "as --no-passthrough says",
+        ),
+    ],
+)
+def test_passthrough(changed, text):
+    finding = of_mount("passthrough", status=STATUS | changed)
+    assert finding.severity is Severity.OK
     assert text in finding.text
 
 

@@ -101,6 +101,15 @@ def test_what_is_in_memory_needs_no_more(files):
     assert report.left_out_bytes == 0
 
 
+def test_what_the_fragment_cache_has_is_not_memory_that_can_be_had(files, monkeypatch):
+    """Of files that the kernel reads itself: they are in no figure of available memory."""
+    monkeypatch.setattr("fragfs.mount.residency._is_passed_through", lambda _: True)
+    needed, room = measure_need(files, lambda: MEMORY_KEPT_BYTES + 5)
+    assert (needed, room) == (0, 5)
+    report = warm_files(files, memory=lambda: MEMORY_KEPT_BYTES)
+    assert report.left_out_bytes == 0
+
+
 def test_what_is_not_in_memory_is_needed(tmp_path):
     file = sparse(tmp_path)
     assert measure_need([file, file], lambda: MEMORY_KEPT_BYTES + 7) == (10 << 20, 7)
