@@ -25,12 +25,12 @@ from fragfs.mount.findings import (
     MountFacts,
     Severity,
     SystemFacts,
-    examine_mount,
     examine_system,
     wants_background,
     wants_read_ahead,
 )
 from fragfs.mount.live import reachable_mounts
+from fragfs.mount.mount_findings import examine_mount
 from fragfs.mount.options import READ_AHEAD_KB
 from fragfs.mount.probe import MountAnswer, MountState, ask_mounts
 from fragfs.mount.table import (

@@ -10,11 +10,11 @@ from fragfs.mount.findings import (
     MountFacts,
     Severity,
     SystemFacts,
-    examine_mount,
     examine_system,
     wants_background,
     wants_read_ahead,
 )
+from fragfs.mount.mount_findings import examine_mount
 from fragfs.mount.probe import MountAnswer, MountState
 from fragfs.mount.table import MountEntry
 from fragfs.types import LIBRARY_FORMAT_VERSION
